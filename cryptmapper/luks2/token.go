@@ -1,0 +1,134 @@
+package luks2
+
+import (
+	"bytes"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// TokenType is the type of our LUKS2 token.
+const TokenType = "cryptcsi"
+
+// tokenVersion is the version of Token and of the MAC's input.
+const tokenVersion = 1
+
+// Token is what a volume's header says about the volume beyond what LUKS2 has
+// fields for. It is authenticated together with the whole header by MAC.
+// Fields are only ever added with a new version. All sizes are in bytes unless
+// the name says sectors, which have 512 bytes.
+type Token struct {
+	Type     string   `json:"type"`
+	Keyslots []string `json:"keyslots"`
+	Version  int      `json:"version"`
+	// DEKID is the ID of the DEK that opens this volume.
+	DEKID string `json:"dek_id"`
+	// Sequence rises by one with every change of the token. A header whose
+	// number is below the record's floor is a rolled-back one.
+	Sequence uint64 `json:"sequence"`
+	// Made: the filesystem, or the raw volume, was finished and synced once.
+	// Such a volume is never formatted again, whatever a record says.
+	Made bool `json:"made"`
+	// Size of the volume as last seen; a smaller device is refused.
+	Size int64 `json:"size"`
+	// Initialised bytes from the start of an integrity volume: beyond them
+	// sectors may have no tags yet and fail to read. Equal to Size when done.
+	Initialised int64 `json:"initialised,omitempty"`
+	// Integrity holds the dm-integrity geometry, which the unauthenticated
+	// superblock on the disk must agree with.
+	Integrity *Geometry `json:"integrity,omitempty"`
+	// MAC is the base64 of HMAC-SHA-256 over the header, see sum.
+	MAC string `json:"mac"`
+}
+
+// Geometry of a dm-integrity layer, as its table and status show it.
+type Geometry struct {
+	Sectors        int64 `json:"sectors"` // provided data sectors
+	TagSize        int   `json:"tag_size"`
+	JournalSectors int64 `json:"journal_sectors"`
+	Interleave     int   `json:"interleave_sectors"`
+}
+
+// noMAC has the length of a MAC and stands in its place while it is computed.
+var noMAC = base64.StdEncoding.EncodeToString(make([]byte, sha256.Size))
+
+// NewToken returns the token of a volume that is being formatted.
+func NewToken(id dek.ID) Token {
+	return Token{Type: TokenType, Keyslots: []string{"0"}, Version: tokenVersion, DEKID: string(id), Sequence: 1, MAC: noMAC}
+}
+
+// Unsealed returns the token's JSON with room for a MAC, to be given to
+// libcryptsetup; Seal then fills it in.
+func (t Token) Unsealed() string {
+	t.MAC = noMAC
+	text, _ := json.Marshal(t) // a struct of plain fields always encodes
+	return string(text)
+}
+
+// findToken returns our token from a copy's JSON.
+func (c *Copy) findToken() (Token, error) {
+	var found *Token
+	for _, raw := range c.json.Tokens {
+		var t Token
+		if json.Unmarshal(raw, &t) != nil || t.Type != TokenType {
+			continue
+		}
+		if found != nil {
+			return Token{}, fmt.Errorf("header has two %s tokens", TokenType)
+		}
+		found = &t
+	}
+	switch {
+	case found == nil:
+		return Token{}, fmt.Errorf("header has no %s token: it was not made by cryptcsi", TokenType)
+	case found.Version != tokenVersion:
+		return Token{}, fmt.Errorf("header has a %s token of version %d, this program knows %d", TokenType, found.Version, tokenVersion)
+	case len(found.MAC) != len(noMAC):
+		return Token{}, fmt.Errorf("header has a %s token without a MAC", TokenType)
+	}
+	return *found, nil
+}
+
+// sum computes the MAC over a header: every byte of the binary header but its
+// magic, place, sequence number and checksum (which differ between two equal
+// copies, or are covered by Token.Sequence), the whole JSON area with the MAC's
+// own value replaced by noMAC, and offset and content of every keyslot area.
+// Each part is preceded by its length, 8 bytes, big endian. The key is
+// HKDF-SHA-256(DEK, no salt, "cryptcsi luks2 header v1").
+func sum(raw []byte, mac string, areas []area, key secret.Bytes) ([]byte, error) {
+	if strings.Count(string(raw[binarySize:]), mac) != 1 {
+		return nil, fmt.Errorf("the MAC does not stand exactly once in the header")
+	}
+	head := bytes.Clone(raw[:binarySize])
+	clear(head[:len(magicPrimary)])
+	clear(head[offSequence : offSequence+8])
+	clear(head[offOffset : offOffset+8])
+	clear(head[offChecksum : offChecksum+lenChecksum])
+	text := bytes.Replace(raw[binarySize:], []byte(mac), []byte(noMAC), 1)
+
+	macKey, err := hkdf.Key(sha256.New, key.Expose(), nil, "cryptcsi luks2 header v1", sha256.Size)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(macKey)
+	h := hmac.New(sha256.New, macKey)
+	part := func(b []byte) {
+		h.Write(binary.BigEndian.AppendUint64(nil, uint64(len(b))))
+		h.Write(b)
+	}
+	part(head)
+	part(text)
+	for _, a := range areas {
+		part(binary.BigEndian.AppendUint64(nil, uint64(a.offset)))
+		part(a.data)
+	}
+	return h.Sum(nil), nil
+}

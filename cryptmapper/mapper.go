@@ -1,0 +1,187 @@
+// Package cryptmapper turns a block device and a DEK into an encrypted device:
+// LUKS2 over dm-crypt, with dm-integrity below where the volume's spec asks for
+// authenticated sectors.
+//
+// libcryptsetup is neither thread-safe nor can its calls be cancelled, and it
+// parses what a hostile host wrote on the disk. So every operation runs in a
+// process of its own, a crypt-worker (package cryptmapper/worker), which gets
+// one request and the DEK over a socket pair, answers, and exits; it is killed
+// when its caller's context ends. This package is the serving side: it starts
+// workers, talks to them, and asks the kernel for what needs no disk and no key.
+// It is pure Go and links no libcryptsetup.
+package cryptmapper
+
+import (
+	"context"
+	"sync"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// Volume tells which device to map under which name.
+type Volume struct {
+	Name     string // of the mapping; starts with Prefix
+	Device   string // path of the block device's node
+	ReadOnly bool   // nothing can be written through the mapping
+}
+
+// Mapping is an open crypt device, as the kernel shows it.
+type Mapping struct {
+	Name      string
+	Path      string // of its device node
+	Number    string // "major:minor" of the mapping itself
+	Backing   string // "major:minor" of the raw device at the bottom
+	Size      int64  // usable bytes
+	ReadOnly  bool
+	Cipher    string        // dm-crypt's notation
+	Integrity dek.Integrity // what the layer below authenticates
+	Suspended bool
+
+	// Known from the checked header: set by Open, MarkMade and Resize only.
+	Made   bool
+	Header dek.HeaderID
+}
+
+// Options of a Mapper.
+type Options struct {
+	// Worker is the command that becomes a crypt-worker: program and arguments.
+	Worker []string
+	// Warm is how many workers are kept started ahead; 0 starts each on demand.
+	Warm int
+	// LockDir holds one lock file per mapping, on a file system that forgets
+	// at reboot: /run/cryptcsi where empty.
+	LockDir string
+	// Observe, where not nil, is told of every operation when it ends.
+	Observe func(op Op, name string, err error)
+}
+
+// Mapper opens and closes crypt devices. Methods are safe for concurrent use.
+// A second operation on a name while one runs, or while the worker of one that
+// was given up has still not died, is ErrConflict; other names are not delayed.
+// Every operation converges when called again after a crash or a cancelled
+// context at any instant.
+type Mapper struct {
+	opts Options
+	pool *pool
+
+	mu   sync.Mutex
+	busy map[string]bool
+}
+
+// New returns a Mapper. Close it with Shutdown.
+func New(o Options) *Mapper {
+	if o.LockDir == "" {
+		o.LockDir = "/run/cryptcsi"
+	}
+	return &Mapper{opts: o, pool: newPool(o.Worker, o.Warm), busy: map[string]bool{}}
+}
+
+// Shutdown ends the workers that wait for work; those at work finish.
+func (m *Mapper) Shutdown() { m.pool.close() }
+
+// Open maps v and returns the mapping. It formats only where d is Prepared,
+// d.Claim names the UUID to format with, and the device is blank or carries the
+// remains of exactly that claim. A device whose header does not verify under d
+// is ErrState, and so is a blank one whose DEK is Formatted. An existing
+// mapping counts only if it is this header on this device. While the returned
+// Made is false the first and last MiB of the mapping are zeros. An integrity
+// volume that is not initialised before ctx's deadline is ErrUnavailable with
+// a percentage, and the next call goes on from there.
+func (m *Mapper) Open(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
+	r, err := m.run(ctx, request(OpOpen, v, d), d.Key)
+	return r.Mapping, err
+}
+
+// MarkMade flushes the open mapping v and then notes in its header that the
+// volume is finished: from then on it is never formatted again.
+func (m *Mapper) MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
+	r, err := m.run(ctx, request(OpMarkMade, v, d), d.Key)
+	return r.Mapping, err
+}
+
+// Resize grows the open mapping v to what its device now has; nothing happens
+// where it has that size. ErrInvalid for volumes with integrity.
+func (m *Mapper) Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
+	r, err := m.run(ctx, request(OpResize, v, d), d.Key)
+	return r.Mapping, err
+}
+
+// Close removes the mapping and its layers: nil where there is none,
+// ErrUnavailable while something holds it open. It reads no disk.
+func (m *Mapper) Close(ctx context.Context, name string) error {
+	_, err := m.run(ctx, Request{Op: OpClose, Volume: Volume{Name: name}}, secret.Bytes{})
+	return err
+}
+
+// Peek returns the metadata copies on a device as they stand there, for
+// showing: nothing in them is checked against a key.
+func (m *Mapper) Peek(ctx context.Context, device string) ([]HeaderCopy, error) {
+	r, err := m.run(ctx, Request{Op: OpPeek, Volume: Volume{Device: device}}, secret.Bytes{})
+	return r.Copies, err
+}
+
+// List returns the mappings whose name starts with Prefix. One that is
+// half-made has a name and a number only. It asks the kernel alone.
+func (m *Mapper) List() ([]Mapping, error) { return list() }
+
+func request(op Op, v Volume, d dek.DEK) Request {
+	return Request{Op: op, Volume: v, ID: d.ID, State: d.State, Spec: d.Spec, Claim: d.Claim, Header: d.Header}
+}
+
+// run does one operation in a worker, under the volume's lock. The lock is let
+// go when the worker is gone, which for one that hangs in the kernel may be
+// long after run has returned.
+func (m *Mapper) run(ctx context.Context, req Request, key secret.Bytes) (Reply, error) {
+	name := req.Volume.Name
+	if !m.lock(name) {
+		return Reply{}, errdefs.Errorf(errdefs.ErrConflict, "another operation on mapping %s has not ended", name)
+	}
+	req.LockDir = m.opts.LockDir
+	req.Deadline, _ = ctx.Deadline()
+	w, err := m.pool.get()
+	if err != nil {
+		m.unlock(name)
+		return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "starting a crypt-worker: %w", err)
+	}
+	reply, err := w.do(ctx, req, key, func() { m.unlock(name) })
+	if err == nil {
+		err = reply.Err()
+	}
+	if m.opts.Observe != nil {
+		m.opts.Observe(req.Op, name, err)
+	}
+	return reply, err
+}
+
+// lock takes the lock of a name; Peek has none.
+func (m *Mapper) lock(name string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if name != "" && m.busy[name] {
+		return false
+	}
+	m.busy[name] = name != ""
+	return true
+}
+
+func (m *Mapper) unlock(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.busy, name)
+}
+
+// Stuck returns the names whose worker still runs; a worker that survives
+// SIGKILL, because its device hangs, stays in this list.
+func (m *Mapper) Stuck() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var names []string
+	for name := range m.busy {
+		if name != "" {
+			names = append(names, name)
+		}
+	}
+	return names
+}

@@ -1,0 +1,174 @@
+package cryptmapper
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// The protocol between this package and a crypt-worker, over an inherited
+// socket pair (WorkerFD in the worker): one request (a frame of JSON, then the
+// DEK as a raw frame), one answer (a frame of JSON), end. A frame is a length
+// of 4 bytes, big endian, and that many bytes. Both ends come from one build,
+// so there is no version.
+
+// WorkerFD is the worker's end of the socket pair.
+const WorkerFD = 3
+
+// maxFrame bounds a frame; requests and answers are a few hundred bytes.
+const maxFrame = 64 << 10
+
+// Op names what a worker is asked to do.
+type Op string
+
+// The operations: those of Mapper, and Peek for showing a header's state.
+const (
+	OpOpen     Op = "open"
+	OpMarkMade Op = "mark-made"
+	OpResize   Op = "resize"
+	OpClose    Op = "close"
+	OpPeek     Op = "peek"
+)
+
+// Request is what a worker is told. The DEK follows apart and is never JSON.
+type Request struct {
+	Op       Op
+	Volume   Volume
+	LockDir  string
+	Deadline time.Time // zero for none
+	ID       dek.ID
+	State    dek.State
+	Spec     dek.Spec
+	Claim    dek.Claim
+	Header   dek.HeaderID // the floor
+}
+
+// Reply is what a worker answers.
+type Reply struct {
+	Mapping Mapping
+	Copies  []HeaderCopy // Peek
+	Class   string       `json:",omitempty"` // of the error
+	Error   string       `json:",omitempty"`
+}
+
+// HeaderCopy is one metadata copy as it stands on a device, not checked
+// against any key.
+type HeaderCopy struct {
+	UUID        string
+	DEKID       string
+	Sequence    uint64
+	Made        bool
+	Size        int64
+	Initialised int64
+}
+
+// classes gives the errors that cross the socket their names.
+var classes = map[string]error{
+	"invalid":     errdefs.ErrInvalid,
+	"denied":      errdefs.ErrDenied,
+	"conflict":    errdefs.ErrConflict,
+	"state":       errdefs.ErrState,
+	"corrupt":     errdefs.ErrCorrupt,
+	"unavailable": errdefs.ErrUnavailable,
+}
+
+// SetError puts err into the reply.
+func (r *Reply) SetError(err error) {
+	r.Error = err.Error()
+	for name, class := range classes {
+		if errors.Is(err, class) {
+			r.Class = name
+		}
+	}
+}
+
+// Err returns the reply's error, of the class that the worker gave it.
+func (r *Reply) Err() error {
+	if r.Error == "" {
+		return nil
+	}
+	if class, ok := classes[r.Class]; ok {
+		return errdefs.Errorf(class, "%s", r.Error)
+	}
+	return errors.New(r.Error)
+}
+
+// WriteRequest sends a request and its DEK.
+func WriteRequest(w io.Writer, r Request, key secret.Bytes) error {
+	if err := writeJSON(w, r); err != nil {
+		return err
+	}
+	return writeFrame(w, key.Expose())
+}
+
+// ReadRequest reads a request; the key goes straight into locked memory. io.EOF
+// means that nothing was asked: the serving process is gone or needs no worker.
+func ReadRequest(r io.Reader) (Request, secret.Bytes, error) {
+	var req Request
+	if err := readJSON(r, &req); err != nil {
+		return req, secret.Bytes{}, err
+	}
+	n, err := readLength(r)
+	if err != nil {
+		return req, secret.Bytes{}, err
+	}
+	key, err := secret.Read(r, n)
+	return req, key, err
+}
+
+// WriteReply sends the answer.
+func WriteReply(w io.Writer, r Reply) error { return writeJSON(w, r) }
+
+// readReply reads the answer.
+func readReply(r io.Reader) (Reply, error) {
+	var reply Reply
+	err := readJSON(r, &reply)
+	return reply, err
+}
+
+func writeJSON(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return writeFrame(w, b)
+}
+
+func readJSON(r io.Reader, v any) error {
+	n, err := readLength(r)
+	if err != nil {
+		return err
+	}
+	b := make([]byte, n)
+	if _, err := io.ReadFull(r, b); err != nil {
+		return err
+	}
+	return json.Unmarshal(b, v)
+}
+
+func writeFrame(w io.Writer, b []byte) error {
+	if _, err := w.Write(binary.BigEndian.AppendUint32(nil, uint32(len(b)))); err != nil {
+		return err
+	}
+	_, err := w.Write(b)
+	return err
+}
+
+func readLength(r io.Reader) (int, error) {
+	var n [4]byte
+	if _, err := io.ReadFull(r, n[:]); err != nil {
+		return 0, err
+	}
+	length := binary.BigEndian.Uint32(n[:])
+	if length > maxFrame {
+		return 0, fmt.Errorf("frame of %d bytes: at most %d", length, maxFrame)
+	}
+	return int(length), nil
+}

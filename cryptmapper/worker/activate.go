@@ -1,0 +1,311 @@
+package worker
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// activate maps the device with the header h, given to libcryptsetup as a file
+// in memory that the host cannot change.
+func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32) error {
+	if err := l.remember(dev); err != nil {
+		return err
+	}
+	d, done, err := o.load(dev, h)
+	if err != nil {
+		return err
+	}
+	defer done()
+	integrity := o.Spec.Integrity != dek.IntegrityNone
+	flags := flagPrivate | flagKeyring | flagIgnorePersistent | extra
+	if o.Volume.ReadOnly && !integrity {
+		flags |= flagReadOnly
+	}
+	if err := d.activate(o.Volume.Name, o.key, flags); err != nil {
+		return classify(err, fmt.Sprintf("opening device %s", dev.number))
+	}
+	o.step("mapping activated")
+	info, err := dm.Status(o.Volume.Name)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	if err := dm.MakeNode(o.Volume.Name, info.Number); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	if o.Volume.ReadOnly && integrity {
+		return o.makeReadOnly(d, h)
+	}
+	return nil
+}
+
+// load gives libcryptsetup a copy of the header in memory and the device.
+func (o *operation) load(dev *device, h *luks2.Header) (*luks, func(), error) {
+	file, err := memory("header")
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := h.Materialise(file); err != nil {
+		_ = file.Close()
+		return nil, nil, errdefs.Errorf(errdefs.ErrUnavailable, "memory for the header: %w", err)
+	}
+	d, err := openLUKS(fdPath(file), dev.path(), o.log)
+	if err == nil {
+		if err = d.load(); err != nil {
+			d.free()
+		}
+	}
+	if err != nil {
+		_ = file.Close()
+		return nil, nil, classify(err, "loading the header")
+	}
+	return d, func() { d.free(); _ = file.Close() }, nil
+}
+
+// makeReadOnly turns the top mapping of an integrity volume read-only. The
+// layer below stays writable, because it has a journal to replay: opened
+// read-only as a whole, every read would fail. dm-crypt takes the volume key
+// out of this thread's keyring when the table is loaded.
+func (o *operation) makeReadOnly(d *luks, h *luks2.Header) error {
+	name := o.Volume.Name
+	vk, err := d.volumeKey(o.key)
+	if err != nil {
+		return classify(err, "fetching the volume key")
+	}
+	defer vk.Wipe()
+	description := fmt.Sprintf("cryptsetup:%s-d0", h.Copy.UUID())
+	id, err := unix.AddKey("logon", description, vk.Expose(), unix.KEY_SPEC_THREAD_KEYRING)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "putting the volume key into the keyring: %w", err)
+	}
+	defer func() { _, _ = unix.KeyctlInt(unix.KEYCTL_UNLINK, id, unix.KEY_SPEC_THREAD_KEYRING, 0, 0) }()
+	table, err := dm.Table(name)
+	if err != nil || len(table) != 1 {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "table of mapping %s: %w", name, err)
+	}
+	if err := dm.Load(name, table[0], true); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
+	}
+	if err := dm.Suspend(name); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
+	}
+	if err := dm.Resume(name); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
+	}
+	return nil
+}
+
+// markMade is Mapper.MarkMade.
+func (o *operation) markMade(l *lock) (cryptmapper.Mapping, error) {
+	dev, h, err := o.opened(l)
+	if err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	defer dev.close()
+	if !h.Token.Made {
+		if err := flush(dm.Path(o.Volume.Name)); err != nil {
+			return cryptmapper.Mapping{}, err
+		}
+		o.step("mapping flushed")
+		if h, err = o.update(dev, h, func(t *luks2.Token) { t.Made = true }); err != nil {
+			return cryptmapper.Mapping{}, err
+		}
+	}
+	return o.describe(dev, h)
+}
+
+// resize is Mapper.Resize.
+func (o *operation) resize(l *lock) (cryptmapper.Mapping, error) {
+	dev, h, err := o.opened(l)
+	if err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	defer dev.close()
+	if o.Spec.Integrity != dek.IntegrityNone {
+		return cryptmapper.Mapping{}, errdefs.Errorf(errdefs.ErrInvalid, "a volume with integrity cannot grow yet: copy it to a larger one")
+	}
+	s, err := cryptmapper.ReadStack(o.Volume.Name)
+	if err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	sector := int64(512)
+	if strings.Contains(strings.Join(s.Crypt.Options, " "), "sector_size:4096") {
+		sector = 4096
+	}
+	size := (dev.size - luks2.DataOffset) / sector * sector
+	if s.Crypt.Length*512 < size {
+		if err := o.grow(dev, h); err != nil {
+			return cryptmapper.Mapping{}, err
+		}
+		o.step("mapping grown")
+	}
+	if h.Token.Size < size {
+		if h, err = o.update(dev, h, func(t *luks2.Token) { t.Size = size }); err != nil {
+			return cryptmapper.Mapping{}, err
+		}
+	}
+	return o.describe(dev, h)
+}
+
+// grow lets libcryptsetup reload the table. The key has to be in this thread's
+// keyring again for that.
+func (o *operation) grow(dev *device, h *luks2.Header) error {
+	d, done, err := o.load(dev, h)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := d.activate("", o.key, flagKeyring); err != nil {
+		return classify(err, "fetching the volume key")
+	}
+	if err := d.resize(o.Volume.Name); err != nil {
+		return classify(err, fmt.Sprintf("growing mapping %s", o.Volume.Name))
+	}
+	return nil
+}
+
+// opened returns device and header of a mapping that is up and checked.
+func (o *operation) opened(l *lock) (*device, *luks2.Header, error) {
+	dev, err := openDevice(o.Volume.Device, true)
+	if err != nil {
+		return nil, nil, err
+	}
+	h, err := o.openedHeader(l, dev)
+	if err != nil {
+		dev.close()
+		return nil, nil, err
+	}
+	return dev, h, nil
+}
+
+func (o *operation) openedHeader(l *lock, dev *device) (*luks2.Header, error) {
+	if err := resumeAll(o.Volume.Name); err != nil {
+		return nil, err
+	}
+	found, err := luks2.Read(dev.file, o.ID, o.key)
+	if err != nil {
+		return nil, err
+	}
+	if found.Header == nil {
+		return nil, errdefs.Errorf(errdefs.ErrState, "no header on device %s verifies (%s)", dev.number, oneLine(found.Reason))
+	}
+	if err := o.acceptable(dev, found.Header); err != nil {
+		return nil, err
+	}
+	up, err := o.existing(l, dev, found.Header)
+	if err != nil {
+		return nil, err
+	}
+	if !up {
+		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is not open on device %s", o.Volume.Name, dev.number)
+	}
+	return found.Header, o.verify(dev, found.Header)
+}
+
+// close is Mapper.Close.
+func (o *operation) close(l *lock) error {
+	name := o.Volume.Name
+	if err := resumeAll(name); err != nil {
+		return err
+	}
+	if err := o.remove(name); err != nil {
+		return err
+	}
+	if n, err := dm.ParseNumber(l.recall().Number); err == nil {
+		return removeTemporary(n)
+	}
+	return nil
+}
+
+// clearRemains removes what a killed worker left on the way: layers without a
+// top, mappings without a table, libcryptsetup's temporary mappings; and lets
+// I/O to a suspended mapping of ours go on, because it would hang for ever.
+func (o *operation) clearRemains(dev *device) error {
+	if err := removeTemporary(dev.number); err != nil {
+		return err
+	}
+	name := o.Volume.Name
+	if err := resumeAll(name); err != nil {
+		return err
+	}
+	top, err := dm.Status(name)
+	if err == nil && top.Live {
+		return nil
+	}
+	return o.remove(name)
+}
+
+// resumeAll resumes a mapping and its lower layer, the lower one first.
+func resumeAll(name string) error {
+	for _, n := range []string{cryptmapper.IntegrityName(name), name} {
+		info, err := dm.Status(n)
+		if err != nil || !info.Suspended {
+			continue
+		}
+		if err := dm.Resume(n); err != nil {
+			return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+		}
+	}
+	return nil
+}
+
+// remove takes a mapping and the layer below it away.
+func (o *operation) remove(name string) error {
+	for _, n := range []string{name, cryptmapper.IntegrityName(name)} {
+		if err := removeOne(n); err != nil {
+			return err
+		}
+		o.step("mapping removed")
+	}
+	return nil
+}
+
+// removeOne removes one mapping, nil where there is none. A host's udev may
+// have it open for an instant to look at it, which no event tells us of: so
+// EBUSY is tried again for two seconds.
+func removeOne(name string) error {
+	for until := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err := dm.Remove(name)
+		switch {
+		case err == nil, errors.Is(err, dm.ErrNotFound):
+			return nil
+		case errors.Is(err, unix.EBUSY) && time.Now().Before(until):
+			continue
+		case errors.Is(err, unix.EBUSY):
+			return errdefs.Errorf(errdefs.ErrUnavailable, "mapping %s is still in use: a mount, a process or another mapping has it open", name)
+		default:
+			return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+		}
+	}
+}
+
+// removeTemporary removes the mapping that libcryptsetup makes for a moment
+// while it formats an integrity device, if one was left on this device.
+func removeTemporary(n dm.Number) error {
+	all, err := dm.List()
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	for _, m := range all {
+		if !strings.HasPrefix(m.Name, "temporary-cryptsetup-") {
+			continue
+		}
+		table, err := dm.Table(m.Name)
+		if err != nil || len(table) != 1 || !strings.HasPrefix(table[0].Params, n.String()+" ") {
+			continue
+		}
+		if err := removeOne(m.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,158 @@
+package worker
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// device is a block device held open: whatever its path leads to later, this
+// file is what is read, written and mapped.
+type device struct {
+	file   *os.File
+	number dm.Number
+	seq    uint64 // diskseq: differs for each disk that ever had this number; 0 where the kernel has none
+	size   int64
+	sector int // logical, in bytes
+}
+
+func openDevice(path string, write bool) (*device, error) {
+	mode := os.O_RDONLY
+	if write {
+		mode = os.O_RDWR
+	}
+	file, err := os.OpenFile(path, mode|unix.O_CLOEXEC|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EPERM) {
+		return nil, errdefs.Errorf(errdefs.ErrState, "device %s cannot be written: attach it writable, read-only volumes need it too", path)
+	}
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "opening the device: %w", err)
+	}
+	d := &device{file: file}
+	if err := d.identify(path); err != nil {
+		d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *device) identify(path string) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(d.file.Fd()), &st); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "device %s: %w", path, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return errdefs.Errorf(errdefs.ErrState, "%s is not a block device", path)
+	}
+	d.number = dm.NumberOf(st.Rdev)
+	// Measured like this rather than by ioctl: it works for every kind.
+	size, err := d.file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "size of %s: %w", path, err)
+	}
+	d.size = size
+	if d.sector, err = unix.IoctlGetInt(int(d.file.Fd()), unix.BLKSSZGET); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "sector size of %s: %w", path, err)
+	}
+	_, _, _ = unix.Syscall(unix.SYS_IOCTL, d.file.Fd(), unix.BLKGETDISKSEQ, uintptr(unsafe.Pointer(&d.seq))) // stays 0 before Linux 5.15
+	return nil
+}
+
+func (d *device) close() { _ = d.file.Close() }
+
+// path leads to exactly this open device, for libcryptsetup and programs.
+func (d *device) path() string { return fmt.Sprintf("/proc/self/fd/%d", d.file.Fd()) }
+
+// exclusive fails where something else (a mount, another mapping, md) holds the device.
+func (d *device) exclusive() error {
+	fd, err := unix.Open(d.path(), unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrState, "device %s is in use by something else and will not be formatted: %w", d.number, err)
+	}
+	return unix.Close(fd)
+}
+
+// zero writes zeros over [offset, offset+length) and syncs.
+func zero(file *os.File, offset, length int64) error {
+	block := make([]byte, min(length, 1<<20))
+	for length > 0 {
+		n := min(length, int64(len(block)))
+		if _, err := file.WriteAt(block[:n], offset); err != nil {
+			return errdefs.Errorf(errdefs.ErrUnavailable, "wiping: %w", err)
+		}
+		offset, length = offset+n, length-n
+	}
+	if err := file.Sync(); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "wiping: %w", err)
+	}
+	return nil
+}
+
+// lock is a mapping's lock file. The kernel lets it go with the process, and
+// not before: a worker that outlived its serving process still holds it.
+type lock struct{ file *os.File }
+
+// place is what the lock file remembers about the device last worked on.
+type place struct {
+	Number string `json:"number"`
+	Seq    uint64 `json:"diskseq"`
+	Boot   string `json:"boot_id"`
+}
+
+func takeLock(dir, name string) (*lock, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "lock directory: %w", err)
+	}
+	file, err := os.OpenFile(filepath.Join(dir, name+".lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "lock file: %w", err)
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = file.Close()
+		return nil, errdefs.Errorf(errdefs.ErrConflict, "a crypt-worker still works on mapping %s", name)
+	}
+	return &lock{file}, nil
+}
+
+func (l *lock) release() { _ = l.file.Close() }
+
+// remember notes on which device the mapping is about to be made.
+func (l *lock) remember(d *device) error {
+	b, err := json.Marshal(place{d.number.String(), d.seq, bootID()})
+	if err == nil {
+		err = l.file.Truncate(0)
+	}
+	if err == nil {
+		_, err = l.file.WriteAt(b, 0)
+	}
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "lock file: %w", err)
+	}
+	return nil
+}
+
+// recall returns what remember noted since this boot, else nothing.
+func (l *lock) recall() place {
+	b := make([]byte, 1024)
+	n, _ := l.file.ReadAt(b, 0)
+	var p place
+	if json.Unmarshal(b[:n], &p) != nil || p.Boot != bootID() {
+		return place{}
+	}
+	return p
+}
+
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}

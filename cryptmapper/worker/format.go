@@ -1,0 +1,214 @@
+package worker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"time"
+
+	cryptsetup "github.com/martinjungblut/go-cryptsetup"
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// What dm-crypt's table says of an integrity volume: AES-XTS with a 512-bit
+// key, authenticated by HMAC-SHA-256 with a 256-bit key.
+const (
+	integrityCipher = "capi:authenc(hmac(sha256),xts(aes))-plain64"
+	integrityOption = "integrity:32:aead"
+)
+
+// minimumSize of a device: the header area and room for something.
+const minimumSize = luks2.DataOffset + 4<<20
+
+// sectorSize is 4096 where the device allows it, else 512.
+func (o *operation) sectorSize(dev *device) int {
+	if dev.sector <= 4096 && dev.size%4096 == 0 {
+		return 4096
+	}
+	return 512
+}
+
+// format makes a new header in memory and then writes it to the device.
+// Until Header.Write begins, the device's first 16 MiB are untouched.
+func (o *operation) format(dev *device) (*luks2.Header, error) {
+	if dev.size < minimumSize {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "device %s has %d bytes: an encrypted volume needs at least %d", dev.number, dev.size, minimumSize)
+	}
+	file, err := memory("new-header")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = file.Close() }()
+	if err := file.Truncate(luks2.DataOffset); err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "memory for the header: %w", err)
+	}
+	integrity, keySize := "", 64
+	if o.Spec.Integrity != dek.IntegrityNone {
+		integrity, keySize = "hmac(sha256)", 96
+	}
+	token := luks2.NewToken(o.ID)
+	if integrity == "" {
+		sector := int64(o.sectorSize(dev))
+		token.Size = (dev.size - luks2.DataOffset) / sector * sector
+	}
+	d, err := openLUKS(fdPath(file), dev.path(), o.log)
+	if err != nil {
+		return nil, classify(err, "preparing to format")
+	}
+	defer d.free()
+	if err := d.format(o.Claim.UUID, dev.path(), integrity, o.sectorSize(dev), keySize, luks2.DataOffset); err != nil {
+		return nil, classify(err, "formatting")
+	}
+	if err := d.addKeyslot(o.key); err != nil {
+		return nil, classify(err, "adding the keyslot")
+	}
+	if err := d.setToken(token.Unsealed()); err != nil {
+		return nil, classify(err, "adding the token")
+	}
+	o.step("header made in memory")
+	h, err := luks2.Seal(file, o.key)
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "sealing the new header: %w", err)
+	}
+	return h, h.Write(dev.file, o.step)
+}
+
+// update writes the header with a changed token to the device.
+func (o *operation) update(dev *device, h *luks2.Header, change func(*luks2.Token)) (*luks2.Header, error) {
+	t := h.Token
+	change(&t)
+	next, err := h.With(t, o.key)
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrState, "changing the header's token: %w", err)
+	}
+	return next, next.WriteCopies(dev.file, o.step)
+}
+
+// initialise writes every sector of an integrity volume once, so that all have
+// tags, without the journal, which would double the work. It notes in the
+// token how far it came; given up at the deadline, it goes on there next time.
+func (o *operation) initialise(l *lock, dev *device, h *luks2.Header) (*luks2.Header, error) {
+	name := o.Volume.Name
+	if err := o.activate(l, dev, h, flagNoJournal); err != nil {
+		return nil, err
+	}
+	defer func() { _ = o.remove(name) }()
+	s, err := cryptmapper.ReadStack(name)
+	if err != nil || s.Integrity == nil {
+		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s has no integrity layer: %w", name, err)
+	}
+	g, size := geometry(s.Integrity), s.Crypt.Length*512
+	if h.Token.Integrity == nil {
+		h, err = o.update(dev, h, func(t *luks2.Token) { t.Integrity, t.Size = &g, size })
+		if err != nil {
+			return nil, err
+		}
+	}
+	if *h.Token.Integrity != g || h.Token.Size != size {
+		return nil, errdefs.Errorf(errdefs.ErrState, "the dm-integrity superblock of device %s was changed: it says %+v, the header %+v", dev.number, g, *h.Token.Integrity)
+	}
+	// Small enough at first for the slowest device to finish one within a
+	// deadline, larger as long as they are quick.
+	for chunk := int64(8 << 20); h.Token.Initialised < size; {
+		began := time.Now()
+		done := min(h.Token.Initialised+chunk, size)
+		if err := wipe(dm.Path(name), h.Token.Initialised, done-h.Token.Initialised); err != nil {
+			return nil, err
+		}
+		o.step("chunk initialised")
+		if h, err = o.update(dev, h, func(t *luks2.Token) { t.Initialised = done }); err != nil {
+			return nil, err
+		}
+		took := time.Since(began)
+		if done < size && !o.Deadline.IsZero() && time.Until(o.Deadline) < 3*took+time.Second {
+			return nil, errdefs.Errorf(errdefs.ErrUnavailable, "initialising the integrity tags, %d %% done; the next try goes on from there", 100*done/size)
+		}
+		if took < 2*time.Second {
+			chunk *= 2
+		}
+	}
+	return h, nil
+}
+
+// wipe writes zeros through a mapping and makes them durable.
+func wipe(path string, offset, length int64) error {
+	d, err := cryptsetup.Init(path)
+	if err != nil {
+		return classify(err, "initialising")
+	}
+	defer d.Free()
+	err = d.Wipe(path, cryptsetup.CRYPT_WIPE_ZERO, uint64(offset), uint64(length), 1<<20, 0, func(_, _ uint64) int { return 0 })
+	if err != nil {
+		return classify(err, "initialising")
+	}
+	return flush(path)
+}
+
+// flush makes everything written through a mapping durable.
+func flush(path string) error {
+	file, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "flushing: %w", err)
+	}
+	defer func() { _ = file.Close() }()
+	if err := file.Sync(); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "flushing: %w", err)
+	}
+	return nil
+}
+
+// probe fails where the device carries any signature that blkid knows: a
+// filesystem, a partition table, RAID, LVM, another encryption.
+func (d *device) probe() error {
+	cmd := exec.Command("blkid", "--probe", "--output", "export", "/proc/self/fd/3")
+	cmd.ExtraFiles = []*os.File{d.file}
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return d.foreign(signature(out))
+	case !errors.As(err, &exit):
+		return errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: %w", d.number, err)
+	case exit.ExitCode() == 2: // nothing found; that the device can be read was seen before
+		return nil
+	case exit.ExitCode() == 8:
+		return d.foreign("several signatures")
+	default:
+		return errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: blkid: %w: %s", d.number, err, bytes.TrimSpace(exit.Stderr))
+	}
+}
+
+func (d *device) foreign(what string) error {
+	return errdefs.Errorf(errdefs.ErrState, "device %s is to be formatted, but holds %s; it will not be touched: wipe it by hand if it is the right one and holds nothing", d.number, what)
+}
+
+// signature picks the type out of blkid's answer.
+func signature(out []byte) string {
+	for line := range bytes.Lines(out) {
+		for _, key := range []string{"TYPE=", "PTTYPE="} {
+			if value, ok := bytes.CutPrefix(bytes.TrimSpace(line), []byte(key)); ok {
+				return fmt.Sprintf("%q", value)
+			}
+		}
+	}
+	return "a signature"
+}
+
+// memory returns a file that only this process has.
+func memory(name string) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "memory for the header: %w", err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+func fdPath(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }

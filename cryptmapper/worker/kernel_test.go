@@ -1,0 +1,664 @@
+package worker_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/worker"
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
+)
+
+// TestMain lets the test binary be its own crypt-worker:
+// "<binary> crypt-worker <step>" dies by SIGKILL at that step, 0 for never.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "crypt-worker" {
+		left, _ := strconv.Atoi(os.Args[2])
+		err := worker.Serve(os.NewFile(cryptmapper.WorkerFD, "conn"), func(string) {
+			if left--; left == 0 {
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			}
+		})
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+const mib = 1 << 20
+
+// fixture is one volume on a loop device.
+type fixture struct {
+	*cryptmapper.Mapper
+	v cryptmapper.Volume
+	d dek.DEK
+}
+
+func newMapper(t *testing.T, dieAt int) *cryptmapper.Mapper {
+	m := cryptmapper.New(cryptmapper.Options{
+		Worker:  []string{os.Args[0], "crypt-worker", strconv.Itoa(dieAt)},
+		LockDir: "/run/cryptcsi-test",
+	})
+	t.Cleanup(m.Shutdown)
+	return m
+}
+
+func newFixture(t *testing.T, size int64, integrity dek.Integrity) *fixture {
+	t.Helper()
+	features := []string{"root", "loop", "dm-crypt", "keyring", "exec:blkid"}
+	if integrity != dek.IntegrityNone {
+		features = append(features, "dm-integrity")
+	}
+	kernel.Need(t, features...)
+	kernel.NoLeaks(t)
+	key := secret.New(dek.Size)
+	_, _ = rand.Read(key.Expose())
+	id := dek.ID("test.cryptcsi.io/" + t.Name())
+	f := &fixture{
+		Mapper: newMapper(t, 0),
+		v:      cryptmapper.Volume{Name: cryptmapper.Prefix + "t" + dek.NewUUID(), Device: kernel.Loop(t, size)},
+		d: dek.DEK{
+			ID: id, State: dek.Prepared, Key: key,
+			Spec:  dek.Spec{Cipher: dek.CipherXTS, Integrity: integrity},
+			Claim: dek.Claim{Node: "n", UUID: dek.NewUUID()},
+		},
+	}
+	t.Cleanup(func() {
+		if err := f.Close(context.Background(), f.v.Name); err != nil {
+			t.Errorf("closing: %v", err)
+		}
+	})
+	return f
+}
+
+// made opens, writes content at the start, and finishes the volume.
+func (f *fixture) made(t *testing.T, content string) cryptmapper.Mapping {
+	t.Helper()
+	m := f.open(t)
+	writeAt(t, m.Path, 0, []byte(content))
+	m, err := f.MarkMade(t.Context(), f.v, f.d)
+	if err != nil || !m.Made {
+		t.Fatalf("MarkMade = %+v, %v", m, err)
+	}
+	f.confirm(m)
+	return m
+}
+
+// confirm does to the DEK what ConfirmDEK does to the record.
+func (f *fixture) confirm(m cryptmapper.Mapping) {
+	f.d.State, f.d.Header = dek.Formatted, m.Header
+}
+
+func (f *fixture) open(t *testing.T) cryptmapper.Mapping {
+	t.Helper()
+	m, err := f.Open(t.Context(), f.v, f.d)
+	if err != nil {
+		t.Fatalf("Open: %v", err)
+	}
+	return m
+}
+
+func (f *fixture) close(t *testing.T) {
+	t.Helper()
+	if err := f.Close(t.Context(), f.v.Name); err != nil {
+		t.Fatalf("Close: %v", err)
+	}
+}
+
+// refused opens and expects an error of the class with the words.
+func (f *fixture) refused(t *testing.T, class error, words string) {
+	t.Helper()
+	before := readAt(t, f.v.Device, 0, 17*mib)
+	m, err := f.Open(t.Context(), f.v, f.d)
+	if !errors.Is(err, class) || !strings.Contains(fmt.Sprint(err), words) {
+		t.Errorf("Open = %+v, %v; want %v with %q", m, err, class, words)
+	}
+	if !bytes.Equal(before, readAt(t, f.v.Device, 0, 17*mib)) {
+		t.Error("the refused device was written to")
+	}
+	if _, err := dm.Status(f.v.Name); !errors.Is(err, dm.ErrNotFound) {
+		t.Errorf("a refused open left a mapping (%v)", err)
+	}
+}
+
+func readAt(t *testing.T, path string, offset int64, n int) []byte {
+	t.Helper()
+	b := make([]byte, n)
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	// What a mapping above wrote is not in this device's page cache.
+	_ = unix.IoctlSetInt(int(file.Fd()), unix.BLKFLSBUF, 0)
+	if _, err := file.ReadAt(b, offset); err != nil {
+		t.Fatalf("reading %s at %d: %v", path, offset, err)
+	}
+	return b
+}
+
+func writeAt(t *testing.T, path string, offset int64, b []byte) {
+	t.Helper()
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if _, err := file.WriteAt(b, offset); err != nil {
+		t.Fatalf("writing %s at %d: %v", path, offset, err)
+	}
+	if err := file.Sync(); err != nil {
+		t.Fatalf("syncing %s: %v", path, err)
+	}
+}
+
+func run(t *testing.T, stdin []byte, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Stdin = bytes.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+var modes = []dek.Integrity{dek.IntegrityNone, dek.IntegrityHMAC}
+
+func TestKernelFormatAndReopen(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newFixture(t, 64*mib, integrity)
+			writeAt(t, f.v.Device, 16*mib, bytes.Repeat([]byte("old "), mib/2))
+			m := f.open(t)
+			if m.Made || m.Header.UUID != f.d.Claim.UUID || m.Header.Sequence == 0 || m.Integrity != integrity || m.ReadOnly {
+				t.Errorf("a new mapping is %+v", m)
+			}
+			for _, offset := range []int64{0, m.Size - mib} {
+				if !bytes.Equal(readAt(t, m.Path, offset, mib), make([]byte, mib)) {
+					t.Errorf("the MiB at %d is not zero", offset)
+				}
+			}
+			if again := f.open(t); again != m {
+				t.Errorf("opened again: %+v, want %+v", again, m)
+			}
+			made := f.made(t, "hello")
+			if made.Header.Sequence <= m.Header.Sequence {
+				t.Errorf("sequence %d after %d", made.Header.Sequence, m.Header.Sequence)
+			}
+			if again, err := f.MarkMade(t.Context(), f.v, f.d); err != nil || again != made {
+				t.Errorf("MarkMade again: %+v, %v", again, err)
+			}
+			f.close(t)
+			f.close(t)
+			if _, err := os.Stat(m.Path); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the node stayed: %v", err)
+			}
+			m = f.open(t)
+			if !m.Made || string(readAt(t, m.Path, 0, 5)) != "hello" {
+				t.Errorf("reopened: %+v with %q", m, readAt(t, m.Path, 0, 5))
+			}
+			if list, err := f.List(); err != nil || len(list) != 1 || list[0].Name != f.v.Name || list[0].Backing == "" {
+				t.Errorf("List = %+v, %v", list, err)
+			}
+		})
+	}
+}
+
+// An ordinary cryptsetup is the independent reader of what we write.
+func TestKernelCryptsetupOpensOurs(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newFixture(t, 40*mib, integrity)
+			kernel.Need(t, "exec:cryptsetup")
+			ours := f.made(t, "written by us")
+			f.close(t)
+			run(t, f.d.Key.Expose(), "cryptsetup", "open", "--key-file=-", f.v.Device, f.v.Name)
+			if got := string(readAt(t, dm.Path(f.v.Name), 0, 13)); got != "written by us" {
+				t.Errorf("cryptsetup reads %q", got)
+			}
+			writeAt(t, dm.Path(f.v.Name), 0, []byte("written by it"))
+			run(t, nil, "cryptsetup", "close", f.v.Name)
+			if m := f.open(t); m.Header != ours.Header || string(readAt(t, m.Path, 0, 13)) != "written by it" {
+				t.Errorf("after cryptsetup: %+v with %q", m, readAt(t, m.Path, 0, 13))
+			}
+			dump := run(t, nil, "cryptsetup", "luksDump", f.v.Device)
+			for _, want := range []string{"pbkdf2", "Iterations: 1000", "aes-xts-plain64", "16777216 [bytes]", "sector: 4096", "cryptcsi"} {
+				if !strings.Contains(dump, want) {
+					t.Errorf("luksDump has no %q:\n%s", want, dump)
+				}
+			}
+		})
+	}
+}
+
+func TestKernelRefusals(t *testing.T) {
+	otherKey := func() secret.Bytes {
+		k := secret.New(dek.Size)
+		_, _ = rand.Read(k.Expose())
+		return k
+	}
+	for _, tt := range []struct {
+		name   string
+		break_ func(t *testing.T, f *fixture)
+		class  error
+		words  string
+	}{
+		{"wrong key", func(_ *testing.T, f *fixture) { f.d.Key = otherKey() }, errdefs.ErrState, "does not verify under the DEK"},
+		{"wrong key of a new volume", func(_ *testing.T, f *fixture) {
+			f.d.Key, f.d.State, f.d.Header, f.d.Claim.UUID = otherKey(), dek.Prepared, dek.HeaderID{}, dek.NewUUID()
+		}, errdefs.ErrState, "not the remains of our own try"},
+		{"another volume's key ID", func(_ *testing.T, f *fixture) { f.d.ID = "test.cryptcsi.io/other" }, errdefs.ErrState, "belongs to test.cryptcsi.io/"},
+		{"blanked disk", func(t *testing.T, f *fixture) { writeAt(t, f.v.Device, 0, make([]byte, 40*mib)) }, errdefs.ErrState, "will not be formatted"},
+		{"filesystem where a new volume should be", func(t *testing.T, f *fixture) {
+			writeAt(t, f.v.Device, 0, make([]byte, 40*mib))
+			run(t, nil, "mkfs.ext4", "-q", f.v.Device)
+			f.d.State, f.d.Header = dek.Prepared, dek.HeaderID{}
+		}, errdefs.ErrState, `holds "ext4"`},
+		{"partition table where a new volume should be", func(t *testing.T, f *fixture) {
+			writeAt(t, f.v.Device, 0, make([]byte, 40*mib))
+			mbr := make([]byte, 512)
+			copy(mbr[446:], []byte{0, 0, 2, 0, 0x83, 0, 2, 0, 1, 0, 0, 0, 0, 8, 0, 0}) // one Linux partition
+			mbr[510], mbr[511] = 0x55, 0xaa
+			writeAt(t, f.v.Device, 0, mbr)
+			f.d.State, f.d.Header = dek.Prepared, dek.HeaderID{}
+		}, errdefs.ErrState, `holds "dos"`},
+		{"nobody claimed", func(t *testing.T, f *fixture) {
+			writeAt(t, f.v.Device, 0, make([]byte, 40*mib))
+			f.d.State, f.d.Header, f.d.Claim = dek.Prepared, dek.HeaderID{}, dek.Claim{}
+		}, errdefs.ErrInvalid, "no node has claimed"},
+		{"new and read-only", func(t *testing.T, f *fixture) {
+			writeAt(t, f.v.Device, 0, make([]byte, 40*mib))
+			f.d.State, f.d.Header, f.v.ReadOnly = dek.Prepared, dek.HeaderID{}, true
+		}, errdefs.ErrState, "use it writable once"},
+		{"header bit flipped in both copies", func(t *testing.T, f *fixture) {
+			for _, at := range []int64{4096 + 7, 16384 + 4096 + 7} {
+				b := readAt(t, f.v.Device, at, 1)
+				writeAt(t, f.v.Device, at, []byte{b[0] ^ 1})
+			}
+		}, errdefs.ErrState, "fails its checksum"},
+		{"key material changed", func(t *testing.T, f *fixture) {
+			b := readAt(t, f.v.Device, 40000, 1)
+			writeAt(t, f.v.Device, 40000, []byte{b[0] ^ 1})
+		}, errdefs.ErrState, "does not verify under the DEK"},
+		{"device shrunk", func(t *testing.T, f *fixture) { f.v.Device = smaller(t, f.v.Device, 30*mib) }, errdefs.ErrState, "it was shrunk"},
+		{"no block device", func(t *testing.T, f *fixture) { f.v.Device = "/dev/null" }, errdefs.ErrState, "not a block device"},
+		{"mapping name of somebody else", func(_ *testing.T, f *fixture) { f.v.Name = "root" }, errdefs.ErrInvalid, "must start with"},
+		{"cipher that is not offered", func(_ *testing.T, f *fixture) { f.d.Spec.Cipher = "cipher_null-ecb" }, errdefs.ErrInvalid, "only aes-xts-plain64"},
+		{"integrity asked, none there", func(_ *testing.T, f *fixture) { f.d.Spec.Integrity = dek.IntegrityHMAC }, errdefs.ErrState, "integrity"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFixture(t, 40*mib, dek.IntegrityNone)
+			kernel.Need(t, "exec:mkfs.ext4")
+			name, device := f.v.Name, f.v.Device
+			f.made(t, "x")
+			f.close(t)
+			tt.break_(t, f)
+			if f.v.Device == "/dev/null" {
+				if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, tt.class) {
+					t.Errorf("Open = %v", err)
+				}
+			} else {
+				f.refused(t, tt.class, tt.words)
+			}
+			f.v.Name, f.v.Device = name, device
+		})
+	}
+}
+
+// smaller copies the start of a device to a smaller one.
+func smaller(t *testing.T, device string, size int64) string {
+	to := kernel.Loop(t, size)
+	writeAt(t, to, 0, readAt(t, device, 0, int(size)))
+	return to
+}
+
+func TestKernelRollback(t *testing.T) {
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	m := f.open(t)
+	old := readAt(t, f.v.Device, 0, 16*mib)
+	f.made(t, "x")
+	f.close(t)
+	newest := readAt(t, f.v.Device, 0, 16*mib)
+	writeAt(t, f.v.Device, 0, old)
+	f.refused(t, errdefs.ErrState, "rolled back")
+
+	// One copy rolled back is damage, and repaired from the other.
+	writeAt(t, f.v.Device, 0, newest)
+	writeAt(t, f.v.Device, 0, old[:luks2.CopySize])
+	if got := f.open(t); got.Header.Sequence != m.Header.Sequence+1 || !got.Made {
+		t.Errorf("opened with %+v", got)
+	}
+	if !bytes.Equal(readAt(t, f.v.Device, 0, 16*mib), newest) {
+		t.Error("the older copy was not repaired")
+	}
+}
+
+func TestKernelDamagedCopyIsRepaired(t *testing.T) {
+	for name, at := range map[string]int64{"primary": 0, "secondary": luks2.CopySize} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t, 40*mib, dek.IntegrityNone)
+			f.made(t, "x")
+			f.close(t)
+			whole := readAt(t, f.v.Device, 0, 16*mib)
+			writeAt(t, f.v.Device, at, make([]byte, luks2.CopySize))
+			f.v.ReadOnly = true
+			f.open(t)
+			f.close(t)
+			if bytes.Equal(readAt(t, f.v.Device, 0, 16*mib), whole) {
+				t.Error("a read-only open wrote to the device")
+			}
+			f.v.ReadOnly = false
+			f.open(t)
+			if !bytes.Equal(readAt(t, f.v.Device, 0, 16*mib), whole) {
+				t.Error("the copy was not repaired")
+			}
+		})
+	}
+}
+
+// Killed at every step of its life until it gets through, a volume converges:
+// the same DEK and claim open it, its data is there, nothing is left behind.
+func TestKernelKilledAtEveryStep(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			for step := 1; ; step++ {
+				f := newFixture(t, 24*mib, integrity)
+				dying := newMapper(t, step)
+				_, err := dying.Open(t.Context(), f.v, f.d)
+				killed := err != nil
+				if killed && !strings.Contains(err.Error(), "killed") && !strings.Contains(err.Error(), "died") {
+					t.Fatalf("step %d: %v", step, err)
+				}
+				f.open(t)
+				dying = newMapper(t, step)
+				if _, err = dying.MarkMade(t.Context(), f.v, f.d); err != nil {
+					killed = true
+				}
+				m := f.made(t, "survives")
+				f.close(t)
+				if m = f.open(t); string(readAt(t, m.Path, 0, 8)) != "survives" {
+					t.Fatalf("step %d: the data is gone", step)
+				}
+				dying = newMapper(t, step)
+				if err := dying.Close(t.Context(), f.v.Name); err != nil {
+					killed = true
+				}
+				f.close(t)
+				if !killed {
+					t.Logf("%d steps", step-1)
+					return
+				}
+			}
+		})
+	}
+}
+
+func TestKernelIntegrityCatchesAFlippedBit(t *testing.T) {
+	f := newFixture(t, 64*mib, dek.IntegrityHMAC)
+	m := f.made(t, "x")
+	marker := bytes.Repeat([]byte("MARK"), 1024)
+	writeAt(t, m.Path, 8*mib, marker)
+	before := readAt(t, f.v.Device, 0, 64*mib)
+	writeAt(t, m.Path, 8*mib, bytes.Repeat([]byte("mark"), 1024))
+	f.close(t)
+	after := readAt(t, f.v.Device, 0, 64*mib)
+	if bytes.Contains(after, marker[:64]) || bytes.Contains(after, []byte("markmarkmark")) {
+		t.Fatal("plaintext on the device")
+	}
+	// The last difference is the data sector itself (the journal lies before it).
+	at := len(after) - 1
+	for ; at > 0 && before[at] == after[at]; at-- {
+	}
+	writeAt(t, f.v.Device, int64(at), []byte{after[at] ^ 4})
+	m = f.open(t)
+	file, err := os.Open(m.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	got := make([]byte, 4096)
+	if _, err := file.ReadAt(got, 8*mib); !errors.Is(err, unix.EILSEQ) && !errors.Is(err, unix.EIO) {
+		t.Errorf("reading a changed sector gave %q…, %v", got[:8], err)
+	}
+	if _, err := file.ReadAt(got, 0); err != nil {
+		t.Errorf("another sector: %v", err)
+	}
+}
+
+func TestKernelReadOnly(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newFixture(t, 40*mib, integrity)
+			f.made(t, "fixed")
+			f.close(t)
+			f.v.ReadOnly = true
+			m := f.open(t)
+			if !m.ReadOnly || string(readAt(t, m.Path, 0, 5)) != "fixed" {
+				t.Errorf("read-only: %+v with %q", m, readAt(t, m.Path, 0, 5))
+			}
+			if file, err := os.OpenFile(m.Path, os.O_RDWR, 0); err == nil {
+				_, err = file.WriteAt([]byte("other"), 0)
+				if err == nil {
+					err = file.Sync()
+				}
+				file.Close()
+				if err == nil {
+					t.Error("a read-only mapping was written to")
+				}
+			}
+			f.v.ReadOnly = false
+			if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) {
+				t.Errorf("opening writable over a read-only mapping: %v", err)
+			}
+			f.close(t)
+			if got := string(readAt(t, f.open(t).Path, 0, 5)); got != "fixed" {
+				t.Errorf("the content became %q", got)
+			}
+		})
+	}
+}
+
+func TestKernelResize(t *testing.T) {
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	m := f.made(t, "grows")
+	same, err := f.Resize(t.Context(), f.v, f.d)
+	if err != nil || same != m {
+		t.Fatalf("Resize without growth: %+v, %v", same, err)
+	}
+	grow(t, f.v.Device, 80*mib)
+	for range 2 {
+		grown, err := f.Resize(t.Context(), f.v, f.d)
+		if err != nil || grown.Size != 64*mib || grown.Header.Sequence != m.Header.Sequence+1 {
+			t.Fatalf("Resize = %+v, %v", grown, err)
+		}
+		f.confirm(grown)
+	}
+	writeAt(t, m.Path, 63*mib, []byte("new end"))
+	f.close(t)
+	if m = f.open(t); m.Size != 64*mib || string(readAt(t, m.Path, 0, 5)) != "grows" || string(readAt(t, m.Path, 63*mib, 7)) != "new end" {
+		t.Errorf("reopened after growth: %+v", m)
+	}
+	f.close(t)
+	if _, err := f.Resize(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) {
+		t.Errorf("Resize of a closed volume: %v", err)
+	}
+}
+
+func TestKernelResizeKilledAtEveryStep(t *testing.T) {
+	for step := 1; ; step++ {
+		f := newFixture(t, 40*mib, dek.IntegrityNone)
+		f.made(t, "grows")
+		grow(t, f.v.Device, 80*mib)
+		dying := newMapper(t, step)
+		_, err := dying.Resize(t.Context(), f.v, f.d)
+		grown, again := f.Resize(t.Context(), f.v, f.d)
+		if again != nil || grown.Size != 64*mib {
+			t.Fatalf("step %d: Resize = %+v, %v", step, grown, again)
+		}
+		f.confirm(grown)
+		f.close(t)
+		f.open(t)
+		f.close(t)
+		if err == nil {
+			t.Logf("%d steps", step-1)
+			return
+		}
+	}
+}
+
+// grow makes the file behind a loop device larger, and the device with it.
+func grow(t *testing.T, device string, size int64) {
+	t.Helper()
+	backing, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "loop/backing_file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(strings.TrimSpace(string(backing)), size); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.OpenFile(device, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if err := unix.IoctlSetInt(int(file.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestKernelIdentity(t *testing.T) {
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	m := f.made(t, "x")
+	// The same disk behind another device number, as after a re-attach.
+	moved := smaller(t, f.v.Device, 40*mib)
+	busy, err := os.Open(m.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := f.v.Device
+	f.v.Device = moved
+	if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "still uses the mapping") {
+		t.Errorf("a mapping in use on another device: %v", err)
+	}
+	busy.Close()
+	if got := f.open(t); got.Backing == m.Backing {
+		t.Errorf("the stale mapping on %s was reused", old)
+	}
+}
+
+func TestKernelCloseInUse(t *testing.T) {
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	m := f.made(t, "x")
+	busy, err := os.Open(m.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(t.Context(), f.v.Name); !errors.Is(err, errdefs.ErrUnavailable) {
+		t.Errorf("closing a mapping in use: %v", err)
+	}
+	busy.Close()
+	f.close(t)
+}
+
+// A device that hangs locks its own volume and no other; when it answers
+// again, the volume comes free.
+func TestKernelHangingDeviceStopsNobodyElse(t *testing.T) {
+	f, other := newFixture(t, 40*mib, dek.IntegrityNone), newFixture(t, 40*mib, dek.IntegrityNone)
+	kernel.Need(t, "exec:dmsetup")
+	f.made(t, "x")
+	f.close(t)
+	slow := cryptmapper.Prefix + "stalled"
+	run(t, nil, "dmsetup", "create", slow, "--table", "0 "+strconv.Itoa(40*mib/512)+" linear "+f.v.Device+" 0")
+	t.Cleanup(func() { _ = dm.Remove(slow) })
+	run(t, nil, "dmsetup", "suspend", slow)
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	good := f.v.Device
+	f.v.Device = dm.Path(slow)
+	if _, err := f.Open(ctx, f.v, f.d); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a hanging device: %v", err)
+	}
+	if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrConflict) {
+		t.Errorf("while its worker hangs: %v", err)
+	}
+	if stuck := f.Stuck(); len(stuck) != 1 || stuck[0] != f.v.Name {
+		t.Errorf("Stuck = %v", stuck)
+	}
+	other.Mapper = f.Mapper
+	other.made(t, "not delayed")
+	run(t, nil, "dmsetup", "resume", slow)
+	f.v.Device = good
+	for deadline := time.Now().Add(10 * time.Second); len(f.Stuck()) > 0 && time.Now().Before(deadline); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := dm.Remove(slow); err != nil {
+		t.Fatal(err)
+	}
+	f.open(t)
+	f.close(t)
+}
+
+func TestKernelManyAtOnce(t *testing.T) {
+	kernel.Need(t, "dm-crypt")
+	var wg sync.WaitGroup
+	var fixtures []*fixture
+	for range 8 {
+		fixtures = append(fixtures, newFixture(t, 24*mib, dek.IntegrityNone))
+	}
+	for _, f := range fixtures {
+		f.Mapper = fixtures[0].Mapper
+		wg.Go(func() {
+			if _, err := f.Open(t.Context(), f.v, f.d); err != nil {
+				t.Errorf("Open: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	for _, f := range fixtures {
+		f.close(t)
+	}
+}
+
+func TestKernelInitialisingGoesOn(t *testing.T) {
+	f := newFixture(t, 700*mib, dek.IntegrityHMAC)
+	tries, last := 0, ""
+	for {
+		tries++
+		ctx, cancel := context.WithTimeout(t.Context(), 8*time.Second)
+		_, err := f.Open(ctx, f.v, f.d)
+		cancel()
+		if err == nil {
+			break
+		}
+		if tries > 10 || !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "% done") || err.Error() == last {
+			t.Fatalf("try %d: %v (before: %s)", tries, err, last)
+		}
+		last = err.Error()
+	}
+	t.Logf("%d tries, %s", tries, last)
+	m := f.made(t, "x")
+	readAt(t, m.Path, 0, int(m.Size))
+}

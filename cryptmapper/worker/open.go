@@ -1,0 +1,270 @@
+package worker
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// endsSize is how much of each end of a volume that is not made yet is wiped.
+const endsSize = 1 << 20
+
+// open is Mapper.Open.
+func (o *operation) open(l *lock) (cryptmapper.Mapping, error) {
+	// Writable even for a read-only volume with integrity: its journal is
+	// replayed when it opens.
+	dev, err := openDevice(o.Volume.Device, !o.Volume.ReadOnly || o.Spec.Integrity != dek.IntegrityNone)
+	if err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	defer dev.close()
+	if err := o.clearRemains(dev); err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	h, err := o.header(dev)
+	if err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	if h, err = o.bring(l, dev, h); err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	if !h.Token.Made && !o.Volume.ReadOnly {
+		if err := o.wipeEnds(); err != nil {
+			return cryptmapper.Mapping{}, err
+		}
+	}
+	return o.describe(dev, h)
+}
+
+// bring makes sure that the mapping is up, initialised and exactly what the
+// header says.
+func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header, error) {
+	up, err := o.existing(l, dev, h)
+	if err != nil {
+		return nil, err
+	}
+	// A try that was cut short may have left a mapping on the way to what it
+	// must be, for example one without a journal.
+	if up && !h.Token.Made && o.verify(dev, h) != nil {
+		if err := o.remove(o.Volume.Name); err != nil {
+			return nil, err
+		}
+		up = false
+	}
+	if o.Spec.Integrity != dek.IntegrityNone && !initialised(h) {
+		if h, err = o.initialise(l, dev, h); err != nil {
+			return nil, err
+		}
+	}
+	if !up {
+		if err := o.activate(l, dev, h, 0); err != nil {
+			return nil, err
+		}
+	}
+	if err := o.verify(dev, h); err != nil {
+		if !up { // never leave a mapping that is not what it must be
+			_ = o.remove(o.Volume.Name)
+		}
+		return nil, err
+	}
+	return h, nil
+}
+
+// header returns the header to open the device with: the one on it if it
+// verifies, else a new one where the rules allow to format.
+func (o *operation) header(dev *device) (*luks2.Header, error) {
+	found, err := luks2.Read(dev.file, o.ID, o.key)
+	if err != nil {
+		return nil, err
+	}
+	if found.Header == nil {
+		if err := o.mayFormat(dev, found); err != nil {
+			return nil, err
+		}
+		return o.format(dev)
+	}
+	h := found.Header
+	if err := o.acceptable(dev, h); err != nil {
+		return nil, err
+	}
+	if !found.Whole && !o.Volume.ReadOnly {
+		if err := h.WriteCopies(dev.file, o.step); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
+}
+
+// acceptable compares a header that verifies with what the record says.
+func (o *operation) acceptable(dev *device, h *luks2.Header) error {
+	t := h.Token
+	switch {
+	case o.Header.UUID != "" && o.Header.UUID != h.Copy.UUID():
+		return errdefs.Errorf(errdefs.ErrState, "device %s carries header %s of this volume, but header %s was confirmed: an older disk was put in its place", dev.number, h.Copy.UUID(), o.Header.UUID)
+	case t.Sequence < o.Header.Sequence:
+		return errdefs.Errorf(errdefs.ErrState, "the header on device %s has sequence %d, but %d was confirmed: the disk was rolled back", dev.number, t.Sequence, o.Header.Sequence)
+	case o.State != dek.Prepared && !t.Made:
+		return errdefs.Errorf(errdefs.ErrState, "the record says that the volume was finished, the header on device %s says that it was not: the disk was rolled back", dev.number)
+	case o.Volume.ReadOnly && !t.Made:
+		return errdefs.Errorf(errdefs.ErrState, "the volume was never finished and is asked for read-only: use it writable once")
+	case o.Spec.Integrity == dek.IntegrityNone && luks2.DataOffset+t.Size > dev.size:
+		return errdefs.Errorf(errdefs.ErrState, "device %s has %d bytes, the volume needs %d: it was shrunk or another one was put in its place", dev.number, dev.size, luks2.DataOffset+t.Size)
+	}
+	return nil
+}
+
+// mayFormat is the only place that gives permission to format. A blank device
+// is necessary and never sufficient.
+func (o *operation) mayFormat(dev *device, found luks2.Found) error {
+	switch {
+	case o.State != dek.Prepared:
+		return errdefs.Errorf(errdefs.ErrState, "the volume was formatted before, but no header on device %s verifies (%s): the disk was blanked, swapped or damaged; it will not be formatted", dev.number, oneLine(found.Reason))
+	case o.Volume.ReadOnly:
+		return errdefs.Errorf(errdefs.ErrState, "the volume was never formatted and is asked for read-only: use it writable once")
+	case o.Claim.UUID == "":
+		return errdefs.Errorf(errdefs.ErrInvalid, "the volume is new, but no node has claimed to format it")
+	}
+	for _, uuid := range found.UUIDs {
+		if uuid != o.Claim.UUID {
+			return errdefs.Errorf(errdefs.ErrState, "device %s is to be formatted, but carries the LUKS header %q that is not the remains of our own try (%s); wipe the device by hand if it is the right one and holds nothing", dev.number, uuid, oneLine(found.Reason))
+		}
+	}
+	if err := dev.exclusive(); err != nil {
+		return err
+	}
+	if len(found.UUIDs) > 0 { // our own remains
+		if err := zero(dev.file, 0, 2*luks2.CopySize); err != nil {
+			return err
+		}
+		o.step("remains wiped")
+	}
+	return dev.probe()
+}
+
+// initialised tells whether every sector of an integrity volume has its tag.
+func initialised(h *luks2.Header) bool {
+	return h.Token.Integrity != nil && h.Token.Initialised == h.Token.Size
+}
+
+// wipeEnds zeroes the first and last MiB of the mapping: no old signature can
+// be taken for a filesystem.
+func (o *operation) wipeEnds() error {
+	file, err := os.OpenFile(dm.Path(o.Volume.Name), os.O_RDWR|unix.O_EXCL, 0)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "the new mapping is in use already: %w", err)
+	}
+	defer func() { _ = file.Close() }()
+	size, err := file.Seek(0, 2)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "size of the new mapping: %w", err)
+	}
+	if err := zero(file, 0, min(endsSize, size)); err != nil {
+		return err
+	}
+	return zero(file, max(0, size-endsSize), min(endsSize, size))
+}
+
+// existing tells whether the mapping is up on this device with this header. One
+// on another device is removed if nobody has it open: its device is gone.
+func (o *operation) existing(l *lock, dev *device, h *luks2.Header) (bool, error) {
+	name := o.Volume.Name
+	info, err := dm.Status(name)
+	if err != nil {
+		return false, nil
+	}
+	s, err := cryptmapper.ReadStack(name)
+	if err != nil {
+		return false, err
+	}
+	was := l.recall()
+	switch {
+	case s.Bottom() != dev.number, was.Seq != 0 && was.Seq != dev.seq:
+		if info.OpenCount > 0 {
+			return false, errdefs.Errorf(errdefs.ErrState, "mapping %s sits on device %s, the volume is now %s, and something still uses the mapping: end its users first", name, s.Bottom(), dev.number)
+		}
+		return false, o.remove(name)
+	case !strings.HasPrefix(info.UUID, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"):
+		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s on device %s was made from another header (%s)", name, dev.number, info.UUID)
+	case s.Top.ReadOnly != o.Volume.ReadOnly:
+		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and its read-only state differs: unstage the volume first", name)
+	}
+	return true, dm.MakeNode(name, info.Number)
+}
+
+// verify compares what the kernel maps with what the volume must be.
+func (o *operation) verify(dev *device, h *luks2.Header) error {
+	s, err := cryptmapper.ReadStack(o.Volume.Name)
+	if err != nil {
+		return err
+	}
+	var wrong []string
+	differ := func(what string, got, want any) {
+		if got != want {
+			wrong = append(wrong, fmt.Sprintf("%s is %v and must be %v", what, got, want))
+		}
+	}
+	t := h.Token
+	want := cryptmapper.CryptTable{Cipher: o.Spec.Cipher, Device: dev.number, Offset: luks2.DataOffset / 512}
+	keySize := 64
+	if o.Spec.Integrity != dek.IntegrityNone {
+		if s.Integrity == nil || t.Integrity == nil {
+			return errdefs.Errorf(errdefs.ErrState, "mapping %s has no integrity layer, its record asks for one", o.Volume.Name)
+		}
+		want = cryptmapper.CryptTable{Cipher: integrityCipher, Device: s.Integrity.Info.Number, Options: []string{integrityOption}}
+		keySize = 96
+		differ("integrity device", s.Integrity.Device, dev.number)
+		differ("integrity offset", s.Integrity.Offset, int64(luks2.DataOffset/512))
+		differ("integrity mode", s.Integrity.Mode, "J")
+		differ("integrity geometry", geometry(s.Integrity), *t.Integrity)
+		differ("size", s.Crypt.Length, t.Integrity.Sectors)
+	} else {
+		differ("integrity layer", s.Integrity != nil, false)
+		differ("size at least", s.Crypt.Length*512 >= t.Size, true)
+	}
+	if o.sectorSize(dev) == 4096 {
+		want.Options = append(want.Options, "sector_size:4096")
+	}
+	differ("cipher", s.Crypt.Cipher, want.Cipher)
+	differ("key", s.Crypt.Key, fmt.Sprintf(":%d:logon:cryptsetup:%s-d0", keySize, h.Copy.UUID()))
+	differ("IV offset", s.Crypt.IVOffset, want.IVOffset)
+	differ("device", s.Crypt.Device, want.Device)
+	differ("offset", s.Crypt.Offset, want.Offset)
+	differ("options", strings.Join(s.Crypt.Options, " "), strings.Join(want.Options, " "))
+	differ("read-only", s.Top.ReadOnly, o.Volume.ReadOnly)
+	if len(wrong) > 0 {
+		slices.Sort(wrong)
+		return errdefs.Errorf(errdefs.ErrState, "the kernel's mapping %s is not what the volume must be: %s", o.Volume.Name, strings.Join(wrong, "; "))
+	}
+	return nil
+}
+
+func geometry(i *cryptmapper.IntegrityTable) luks2.Geometry {
+	return luks2.Geometry{Sectors: i.Provided, TagSize: i.TagSize, JournalSectors: i.JournalSectors, Interleave: i.Interleave}
+}
+
+// describe returns the mapping as Mapper's callers see it.
+func (o *operation) describe(dev *device, h *luks2.Header) (cryptmapper.Mapping, error) {
+	s, err := cryptmapper.ReadStack(o.Volume.Name)
+	if err != nil {
+		return cryptmapper.Mapping{}, err
+	}
+	m := s.Mapping()
+	m.Made, m.Header = h.Token.Made, h.ID()
+	return m, nil
+}
+
+func oneLine(err error) string {
+	if err == nil {
+		return ""
+	}
+	return strings.ReplaceAll(err.Error(), "\n", "; ")
+}

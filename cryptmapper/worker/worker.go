@@ -1,0 +1,143 @@
+// Package worker is the inside of a crypt-worker: it takes one request from its
+// socket, calls libcryptsetup, answers, and returns. It is linked only into
+// cmd/crypt-worker, so that the serving process cannot call libcryptsetup.
+package worker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// Serve runs one operation for the serving process at the other end of conn.
+// It returns nil when it has answered, or when conn was closed before anything
+// was asked. If conn closes during the operation the process exits at once: the
+// serving process is gone, and every operation may be cut anywhere. step, where
+// not nil, is called after each change to a disk or a mapping; tests crash there.
+func Serve(conn *os.File, step func(string)) error {
+	// The kernel keyring that libcryptsetup uses belongs to the thread.
+	runtime.LockOSThread()
+	if err := secret.Harden(); err != nil {
+		return err
+	}
+	req, key, err := cryptmapper.ReadRequest(conn)
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading the request: %w", err)
+	}
+	defer key.Wipe()
+	go exitWhenClosed(conn)
+	if step == nil {
+		step = func(string) {}
+	}
+	var reply cryptmapper.Reply
+	o := &operation{Request: req, key: key, step: step, log: newLog()}
+	if err := o.run(&reply); err != nil {
+		reply.SetError(err)
+	}
+	return cryptmapper.WriteReply(conn, reply)
+}
+
+// exitWhenClosed ends the process when the other end of conn goes away.
+func exitWhenClosed(conn io.Reader) {
+	_, _ = conn.Read(make([]byte, 1))
+	os.Exit(1)
+}
+
+// operation is one request at work.
+type operation struct {
+	cryptmapper.Request
+	key  secret.Bytes
+	step func(string)
+	log  *log
+}
+
+func (o *operation) run(reply *cryptmapper.Reply) (err error) {
+	if o.Op == cryptmapper.OpPeek {
+		reply.Copies, err = o.peek()
+		return err
+	}
+	if err := o.validate(); err != nil {
+		return err
+	}
+	l, err := takeLock(o.LockDir, o.Volume.Name)
+	if err != nil {
+		return err
+	}
+	defer l.release()
+	switch o.Op {
+	case cryptmapper.OpClose:
+		return o.close(l)
+	case cryptmapper.OpOpen:
+		reply.Mapping, err = o.open(l)
+	case cryptmapper.OpMarkMade:
+		reply.Mapping, err = o.markMade(l)
+	case cryptmapper.OpResize:
+		reply.Mapping, err = o.resize(l)
+	default:
+		err = errdefs.Errorf(errdefs.ErrInvalid, "operation %q is not known", o.Op)
+	}
+	return err
+}
+
+func (o *operation) validate() error {
+	name := o.Volume.Name
+	if len(name) <= len(cryptmapper.Prefix) || len(name) > 100 || name[:len(cryptmapper.Prefix)] != cryptmapper.Prefix {
+		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: must start with %s and have at most 100 bytes", name, cryptmapper.Prefix)
+	}
+	for _, c := range []byte(name) {
+		if c != '-' && (c < '0' || c > '9') && (c < 'a' || c > 'z') {
+			return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: only a-z, 0-9 and - are allowed", name)
+		}
+	}
+	if o.Op == cryptmapper.OpClose {
+		return nil
+	}
+	if err := o.Spec.Validate(); err != nil {
+		return errdefs.Errorf(errdefs.ErrInvalid, "spec of %s: %w", o.ID, err)
+	}
+	if len(o.key.Expose()) != 32 || bytes.Equal(o.key.Expose(), make([]byte, 32)) {
+		return errdefs.Errorf(errdefs.ErrInvalid, "the DEK of %s is not 32 random bytes", o.ID)
+	}
+	return nil
+}
+
+// peek reads the header copies without checking them against a key.
+func (o *operation) peek() ([]cryptmapper.HeaderCopy, error) {
+	dev, err := openDevice(o.Volume.Device, false)
+	if err != nil {
+		return nil, err
+	}
+	defer dev.close()
+	found, err := luks2.Bare(dev.file)
+	if err != nil {
+		return nil, err
+	}
+	var copies []cryptmapper.HeaderCopy
+	for _, h := range found {
+		t := h.Token
+		copies = append(copies, cryptmapper.HeaderCopy{UUID: h.Copy.UUID(), DEKID: t.DEKID, Sequence: t.Sequence, Made: t.Made, Size: t.Size, Initialised: t.Initialised})
+	}
+	return copies, nil
+}
+
+// classify gives a libcryptsetup error the class that its number stands for.
+func classify(err error, doing string) error {
+	class := errdefs.ErrUnavailable
+	if errors.Is(err, unix.EPERM) {
+		class = errdefs.ErrDenied
+	}
+	return errdefs.Errorf(class, "%s: %w", doing, err)
+}

@@ -1,0 +1,137 @@
+// Package dek holds the values about data encryption keys that cross package
+// borders: which key (ID), what is known about it (State, Spec, Claim,
+// HeaderID), and the key itself.
+package dek
+
+import (
+	"crypto/rand"
+	"fmt"
+	"strings"
+
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// Size is the length of every DEK in bytes.
+const Size = 32
+
+// maxID bounds an ID: a CSI driver name (63) and a volume ID (128, as the CSI
+// specification's size limits say) and some room for prefixes of our own.
+const maxID = 256
+
+// ID names one DEK: "<driver name>/<volume ID>" for a volume.
+type ID string
+
+// VolumeID returns the DEK ID of a volume. The error says which part is bad.
+func VolumeID(driver, volume string) (ID, error) {
+	if driver == "" || strings.Contains(driver, "/") {
+		return "", fmt.Errorf("driver name %q: must not be empty or hold a slash", driver)
+	}
+	if volume == "" {
+		return "", fmt.Errorf("volume ID is empty")
+	}
+	return ParseID(driver + "/" + volume)
+}
+
+// ParseID checks s: 1 to 256 bytes of printable ASCII without space, as every
+// volume ID of a known driver is, so that an ID can stand in a log line, in
+// an object's name (encoded) and in a KMS's associated data.
+func ParseID(s string) (ID, error) {
+	if s == "" || len(s) > maxID {
+		return "", fmt.Errorf("DEK ID of %d bytes: must be 1 to %d", len(s), maxID)
+	}
+	for i := range len(s) {
+		if s[i] <= ' ' || s[i] > '~' {
+			return "", fmt.Errorf("DEK ID %q: byte %d is not printable ASCII", s, i)
+		}
+	}
+	return ID(s), nil
+}
+
+// State is where a DEK stands in its life.
+type State string
+
+// The states, in their order. A node formats a device only for a DEK that is
+// Prepared (and then only where the device agrees); once it is Formatted,
+// nothing on the disk can make it blank again.
+const (
+	Prepared  State = "prepared"
+	Formatted State = "formatted"
+	Rotating  State = "rotating"
+	Deleted   State = "deleted"
+)
+
+// Integrity says whether sectors are authenticated and how.
+type Integrity string
+
+// The integrity modes that a volume can have.
+const (
+	IntegrityNone Integrity = ""            // dm-crypt alone
+	IntegrityHMAC Integrity = "hmac-sha256" // dm-crypt over dm-integrity, journal mode
+)
+
+// Spec is what a volume must be. It is fixed when the DEK is created, stored
+// authenticated beside it, and never taken from the disk.
+type Spec struct {
+	// Name is the CreateVolume request's name where a controller made the
+	// record. It tells apart two volumes for which the cloud gave one ID.
+	Name string `json:"name,omitempty"`
+	// Cipher in dm-crypt's notation, without the mode's IV variations of
+	// other ciphers: "aes-xts-plain64" is the only value so far.
+	Cipher string `json:"cipher"`
+	// Integrity of the sectors.
+	Integrity Integrity `json:"integrity,omitempty"`
+	// Layout names what lies in the mapping beside the data; "" is nothing.
+	Layout string `json:"layout,omitempty"`
+}
+
+// CipherXTS is AES-256 in XTS mode (a 512-bit volume key), dm-crypt's default.
+const CipherXTS = "aes-xts-plain64"
+
+// Validate says what is wrong with s, if anything.
+func (s Spec) Validate() error {
+	switch {
+	case s.Cipher != CipherXTS:
+		return fmt.Errorf("cipher %q: only %s is offered", s.Cipher, CipherXTS)
+	case s.Integrity != IntegrityNone && s.Integrity != IntegrityHMAC:
+		return fmt.Errorf("integrity %q: must be empty or %s", s.Integrity, IntegrityHMAC)
+	case s.Layout != "":
+		return fmt.Errorf("layout %q is not known", s.Layout)
+	case len(s.Name) > maxID:
+		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxID)
+	}
+	return nil
+}
+
+// HeaderID identifies a state of a volume's LUKS2 header: which header, and how
+// far its own authenticated sequence number had risen. The highest one ever
+// confirmed is the floor below which a header is a rolled-back one.
+type HeaderID struct {
+	UUID     string `json:"uuid,omitempty"`
+	Sequence uint64 `json:"sequence,omitempty"`
+}
+
+// Claim is a node's announcement that it is about to format: who, and with
+// which LUKS UUID, so that the remains of an interrupted format are known.
+type Claim struct {
+	Node string `json:"node,omitempty"`
+	UUID string `json:"uuid,omitempty"`
+}
+
+// DEK is one data encryption key and what the record says about it.
+type DEK struct {
+	ID     ID
+	State  State
+	Spec   Spec
+	Claim  Claim    // zero until the first ClaimFormat
+	Header HeaderID // zero until the first ConfirmDEK; then the floor
+	Key    secret.Bytes
+}
+
+// NewUUID returns a random (version 4) UUID for a header that is to be made.
+func NewUUID() string {
+	var u [16]byte
+	_, _ = rand.Read(u[:]) // never fails, see crypto/rand
+	u[6] = u[6]&0x0f | 0x40
+	u[8] = u[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+}

@@ -1,0 +1,67 @@
+package dek_test
+
+import (
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+)
+
+func TestVolumeID(t *testing.T) {
+	for _, tt := range []struct {
+		driver, volume string
+		want           dek.ID
+		ok             bool
+	}{
+		{"ebs.csi.aws.com", "vol-0123456789abcdef0", "ebs.csi.aws.com/vol-0123456789abcdef0", true},
+		{"pd.csi.storage.gke.io", "projects/p/zones/z/disks/d", "pd.csi.storage.gke.io/projects/p/zones/z/disks/d", true},
+		{"d", "", "", false},
+		{"", "v", "", false},
+		{"a/b", "v", "", false},
+		{"d", "with space", "", false},
+		{"d", "new\nline", "", false},
+		{"d", "ünicode", "", false},
+		{"d", strings.Repeat("x", 254), dek.ID("d/" + strings.Repeat("x", 254)), true},
+		{"d", strings.Repeat("x", 255), "", false},
+	} {
+		got, err := dek.VolumeID(tt.driver, tt.volume)
+		if got != tt.want || (err == nil) != tt.ok {
+			t.Errorf("VolumeID(%q, %q) = %q, %v", tt.driver, tt.volume, got, err)
+		}
+	}
+}
+
+func TestSpecValidate(t *testing.T) {
+	for _, good := range []dek.Spec{
+		{Cipher: dek.CipherXTS},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Name: "pvc-1"},
+	} {
+		if err := good.Validate(); err != nil {
+			t.Errorf("%+v: %v", good, err)
+		}
+	}
+	for _, bad := range []dek.Spec{
+		{},
+		{Cipher: "cipher_null-ecb"},
+		{Cipher: dek.CipherXTS, Integrity: "crc32c"},
+		{Cipher: dek.CipherXTS, Layout: "clone"},
+		{Cipher: dek.CipherXTS, Name: strings.Repeat("n", 300)},
+	} {
+		if bad.Validate() == nil {
+			t.Errorf("%+v was accepted", bad)
+		}
+	}
+}
+
+func TestNewUUID(t *testing.T) {
+	re := regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+	seen := map[string]bool{}
+	for range 1000 {
+		u := dek.NewUUID()
+		if !re.MatchString(u) || seen[u] {
+			t.Fatalf("UUID %q is malformed or came twice", u)
+		}
+		seen[u] = true
+	}
+}

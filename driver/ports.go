@@ -1,0 +1,84 @@
+package driver
+
+import (
+	"context"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+)
+
+// Keys is where DEKs come from: the key service's client, or envelope.Keyring
+// in direct mode. All methods are idempotent and safe for concurrent use;
+// errors are of errdefs' classes.
+type Keys interface {
+	// GetDEK returns the key and what the record says of it. ErrNotFound
+	// where there is no record; it never creates one. The caller wipes Key.
+	GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
+	// ClaimFormat announces that this node is about to format with the given
+	// LUKS UUID and returns the claim that holds: where this node had claimed
+	// before, that is the earlier one, UUID included. ErrConflict while
+	// another node holds the claim; ErrState unless the record is Prepared.
+	ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error)
+	// ConfirmDEK records that the volume is formatted and raises the header
+	// floor to h (it never lowers it). ErrState where the record names
+	// another header UUID.
+	ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error
+}
+
+// Creator makes DEKs. A node has one only with --create-keys.
+type Creator interface {
+	// CreateDEK returns the DEK, made now or before. ErrExists where it
+	// exists with another spec.
+	CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error)
+}
+
+// Volume tells a Mapper which device to map under which name.
+type Volume struct {
+	Name     string // of the mapping: MappingName
+	Device   string // path of the block device's node
+	ReadOnly bool   // map so that nothing can be written through it
+}
+
+// Mapping is an open crypt device, as the kernel shows it.
+type Mapping struct {
+	Name      string
+	Path      string // of its device node
+	Number    string // "major:minor" of the mapping itself
+	Backing   string // "major:minor" of the raw device at the bottom
+	Size      int64  // usable bytes
+	ReadOnly  bool
+	Cipher    string        // dm-crypt's notation
+	Integrity dek.Integrity // what the layer below authenticates
+	Suspended bool
+
+	// Known from the checked header, so set by Open, MarkMade and Resize only.
+	Made   bool         // the filesystem (or the raw volume) was finished once
+	Header dek.HeaderID // which header, and its sequence number
+}
+
+// Mapper turns a device and a DEK into a crypt device. All methods are
+// idempotent, safe for concurrent use, and converge when called again after a
+// crash or a cancelled context at any instant. A second operation on the same
+// name while one runs is ErrConflict; other names are never delayed.
+type Mapper interface {
+	// Open maps v. It formats only where d is Prepared, d.Claim is this
+	// node's, and the device is blank or carries the remains of exactly that
+	// claim; everything else that does not verify under d is ErrState. An
+	// existing mapping of that name is returned if it is this header on this
+	// device, else ErrState. While Made is false the first and last MiB of
+	// the mapping read as zeros right after Open. ErrUnavailable with a
+	// percentage while a new volume is still initialised: call again.
+	// A ReadOnly volume is never formatted: ErrState.
+	Open(ctx context.Context, v Volume, d dek.DEK) (Mapping, error)
+	// MarkMade flushes the open mapping and then writes into the header that
+	// the volume is finished. From then on it is never formatted again.
+	MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, error)
+	// Resize grows the open mapping to what the device now has. Nothing
+	// happens where it has that size; ErrInvalid where it cannot grow.
+	Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error)
+	// Close removes the mapping: nil where there is none, ErrUnavailable
+	// while something holds it open. It reads no disk and needs no key.
+	Close(ctx context.Context, name string) error
+	// List returns all mappings whose name has our prefix. It asks the
+	// kernel alone and touches no disk.
+	List() ([]Mapping, error)
+}

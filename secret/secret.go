@@ -1,0 +1,152 @@
+// Package secret holds key bytes in memory that is locked, left out of core
+// dumps, never printed, and wiped by its owner.
+package secret
+
+import (
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+
+	"golang.org/x/sys/unix"
+)
+
+const redacted = "[secret]"
+
+// Bytes is a run of secret bytes outside the Go heap: anonymous memory, locked
+// against swapping where the process may lock memory (see CheckLocking) and
+// excluded from core dumps. Copies of a Bytes share the same memory, as copies
+// of a slice do. Every way of printing or encoding it gives "[secret]" or an
+// error. The zero value is empty.
+//
+// Whoever creates a Bytes owns it and calls Wipe. Methods may be called
+// concurrently, but not concurrently with Wipe.
+type Bytes struct {
+	m *memory
+}
+
+type memory struct {
+	mapped []byte // whole pages
+	data   []byte // the secret within them
+}
+
+// New returns n zero bytes. It panics where the system has no memory left, as
+// the Go runtime does.
+func New(n int) Bytes {
+	if n == 0 {
+		return Bytes{}
+	}
+	page := unix.Getpagesize()
+	mapped, err := unix.Mmap(-1, 0, (n+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		panic(fmt.Sprintf("secret: no memory for %d bytes: %v", n, err))
+	}
+	// Best effort here; CheckLocking tells at start what this process gets.
+	_ = unix.Mlock(mapped)
+	_ = unix.Madvise(mapped, unix.MADV_DONTDUMP)
+	_ = unix.Madvise(mapped, unix.MADV_DONTFORK)
+	return Bytes{m: &memory{mapped: mapped, data: mapped[:n:n]}}
+}
+
+// Take moves b into a Bytes and wipes b.
+func Take(b []byte) Bytes {
+	s := New(len(b))
+	copy(s.Expose(), b)
+	clear(b)
+	return s
+}
+
+// Read reads exactly n bytes from r. A short read wipes what came and returns
+// the reader's error.
+func Read(r io.Reader, n int) (Bytes, error) {
+	s := New(n)
+	if _, err := io.ReadFull(r, s.Expose()); err != nil {
+		s.Wipe()
+		return Bytes{}, err
+	}
+	return s, nil
+}
+
+// Expose returns the bytes themselves. The slice is valid until Wipe and must
+// not be kept beyond the call it is passed to.
+func (b Bytes) Expose() []byte {
+	if b.m == nil {
+		return nil
+	}
+	return b.m.data
+}
+
+// Len returns the number of bytes; 0 after Wipe.
+func (b Bytes) Len() int { return len(b.Expose()) }
+
+// Clone returns a copy with an owner of its own.
+func (b Bytes) Clone() Bytes {
+	c := New(b.Len())
+	copy(c.Expose(), b.Expose())
+	return c
+}
+
+// Equal compares in constant time.
+func (b Bytes) Equal(other Bytes) bool {
+	return subtle.ConstantTimeCompare(b.Expose(), other.Expose()) == 1
+}
+
+// Wipe zeroes the bytes and gives the memory back. All copies of b are empty
+// afterwards; a second Wipe does nothing.
+func (b Bytes) Wipe() {
+	if b.m == nil || b.m.mapped == nil {
+		return
+	}
+	clear(b.m.mapped)
+	_ = unix.Munmap(b.m.mapped) // cannot fail for a mapping of our own
+	*b.m = memory{}
+}
+
+// Format makes every fmt verb print "[secret]".
+func (b Bytes) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
+
+// String returns "[secret]".
+func (b Bytes) String() string { return redacted }
+
+// LogValue makes slog print "[secret]".
+func (b Bytes) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalJSON fails: a secret that is to be stored is wrapped first.
+func (b Bytes) MarshalJSON() ([]byte, error) { return nil, errEncode }
+
+// MarshalText fails like MarshalJSON.
+func (b Bytes) MarshalText() ([]byte, error) { return nil, errEncode }
+
+var errEncode = errors.New("secret: refusing to encode key bytes")
+
+var (
+	_ json.Marshaler = Bytes{}
+	_ fmt.Formatter  = Bytes{}
+)
+
+// CheckLocking tells whether this process can lock secrets in memory. Without
+// (RLIMIT_MEMLOCK too low, no CAP_IPC_LOCK) everything works, but key bytes
+// may reach swap space: the process says so at start.
+func CheckLocking() error {
+	probe, err := unix.Mmap(-1, 0, 16*unix.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Munmap(probe) }()
+	return unix.Mlock(probe)
+}
+
+// Harden keeps this process's memory from core dumps and from other processes
+// of the same user: RLIMIT_CORE 0 and PR_SET_DUMPABLE 0, the latter because a
+// core_pattern that is a pipe ignores the limit.
+func Harden() error {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("forbidding core dumps: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("making the process undumpable: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,87 @@
+package secret_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+const plain = "correct horse battery staple 123"
+
+func TestNeverPrinted(t *testing.T) {
+	s := secret.Take([]byte(plain))
+	defer s.Wipe()
+	holder := struct {
+		Key secret.Bytes
+		P   *secret.Bytes
+	}{s, &s}
+	var out strings.Builder
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%x", "%X", "%q", "%d", "%T"} {
+		fmt.Fprintf(&out, verb+" "+verb+"\n", s, holder)
+	}
+	slog.New(slog.NewTextHandler(&out, nil)).Info("x", "key", s, "holder", holder)
+	slog.New(slog.NewJSONHandler(&out, nil)).Info("x", "key", s, "holder", holder)
+	for _, form := range []string{plain, fmt.Sprintf("%x", plain), fmt.Sprintf("%X", plain), fmt.Sprintf("%d", []byte(plain)), fmt.Sprintf("%v", []byte(plain))[1:40]} {
+		if strings.Contains(out.String(), form) {
+			t.Errorf("printed the secret as %q in:\n%s", form, &out)
+		}
+	}
+	if _, err := json.Marshal(holder); err == nil {
+		t.Error("JSON encoded a secret")
+	}
+}
+
+func TestTakeWipesItsSource(t *testing.T) {
+	src := []byte(plain)
+	s := secret.Take(src)
+	defer s.Wipe()
+	if string(s.Expose()) != plain {
+		t.Errorf("Take kept %q", s.Expose())
+	}
+	if !bytes.Equal(src, make([]byte, len(plain))) {
+		t.Error("Take left the source")
+	}
+}
+
+func TestCloneHasItsOwnLife(t *testing.T) {
+	s := secret.Take([]byte(plain))
+	c := s.Clone()
+	defer c.Wipe()
+	if !s.Equal(c) {
+		t.Error("a clone differs")
+	}
+	s.Wipe()
+	s.Wipe()
+	if s.Len() != 0 || string(c.Expose()) != plain {
+		t.Errorf("after Wipe the original has %d bytes and the clone %q", s.Len(), c.Expose())
+	}
+	if s.Equal(c) {
+		t.Error("a wiped secret equals a full one")
+	}
+}
+
+func TestReadShort(t *testing.T) {
+	if _, err := secret.Read(strings.NewReader("abc"), 4); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("short read gave %v", err)
+	}
+	s, err := secret.Read(strings.NewReader(plain+"more"), len(plain))
+	if err != nil || string(s.Expose()) != plain {
+		t.Errorf("Read = %q, %v", s.Expose(), err)
+	}
+	s.Wipe()
+}
+
+func TestZeroValue(t *testing.T) {
+	var s secret.Bytes
+	s.Wipe()
+	if s.Len() != 0 || s.Clone().Len() != 0 || secret.New(0).Len() != 0 {
+		t.Error("the zero value is not empty")
+	}
+}
