@@ -1,0 +1,112 @@
+# cryptcsi. `make` alone lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# test/install.sh puts a Go toolchain and linters here where they are missing.
+export PATH := $(CURDIR)/.cache/go/bin:$(CURDIR)/.tools/bin:$(PATH)
+# Where VM=qemu finds its kernel, see `test/install.sh qemu`.
+export VM_KERNEL_DIR ?= $(CURDIR)/.cache/kernel
+# A test that misses something on this machine fails instead of being skipped.
+export REQUIRE_ALL ?= 1
+
+COMMIT  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+VERSION ?= $(shell git describe --tags --dirty 2>/dev/null || echo dev)
+LDFLAGS  = -X main.version=$(VERSION) -X main.commit=$(COMMIT)
+GOBUILD  = go build -trimpath -ldflags '-s -w $(LDFLAGS)'
+
+IMAGE    ?= cryptcsi/csi-plugin:dev
+FUZZTIME ?= 30s
+
+# find-pkgs NAME: sets pkgs to the packages in whose tests a function begins with NAME.
+find-pkgs = pkgs=$$(grep -rlE --include='*_test.go' --exclude-dir='.?*' '^func $(1)' . | xargs dirname | sort -u) \
+	|| { echo 'no test file has a function $(1)…'; exit 1; }
+
+# in-guest: how go test runs a test binary on a kernel that has dm-crypt.
+in-guest = -exec '$(CURDIR)/bin/vm'
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 19
+
+.PHONY: install
+install: # what building and testing need; takes no time when it is there
+	@test/install.sh packages go
+
+.PHONY: build
+build: install ## build all binaries into bin/
+	CGO_ENABLED=0 $(GOBUILD) -o bin/csi-plugin ./cmd/csi-plugin
+	$(GOBUILD) -o bin/crypt-worker ./cmd/crypt-worker
+	CGO_ENABLED=0 $(GOBUILD) -o bin/loopdriver ./test/loopdriver/cmd/loopdriver
+	CGO_ENABLED=0 $(GOBUILD) -o bin/vm ./test/vm
+	CGO_ENABLED=0 $(GOBUILD) -o bin/demo ./test/demo
+
+.PHONY: demo
+demo: build ## watch volumes come up encrypted, on a kernel with device-mapper
+	@bin/vm -- bin/demo
+
+.PHONY: test
+test: unit kernel ## all tests; sanity is one of the kernel's
+
+.PHONY: unit
+unit: build ## tests that need no kernel of their own, with the race detector
+	go test -race -skip '^TestKernel' ./...
+
+.PHONY: kernel
+kernel: build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
+	@$(call find-pkgs,TestKernel); set -x; \
+	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs
+
+.PHONY: sanity
+sanity: build ## csi-sanity alone, with the list of what it skips
+	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' -v ./test/sanity
+
+.PHONY: bench
+bench: build ## benchmarks on a kernel with dm-crypt; not a test
+	@$(call find-pkgs,BenchmarkKernel); set -x; \
+	go test -count=1 -p 1 -timeout 30m $(in-guest) -run '^$$' -bench '^BenchmarkKernel' $$pkgs
+
+.PHONY: fuzz
+fuzz: install ## every fuzz target for FUZZTIME (30s)
+	@grep -rHoE --include='*_test.go' --exclude-dir='.?*' '^func Fuzz[A-Za-z0-9_]+' . \
+	| sed -E 's,^(.*)/[^/]*:func (.*)$$,\1 \2,' | sort \
+	| while read -r dir name; do go test -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) "$$dir"; done
+
+.PHONY: cover
+cover: build ## coverage of unit and kernel tests together, in .cache/cover
+	@rm -rf .cache/cover && mkdir -p .cache/cover/unit .cache/cover/kernel
+	go test -count=1 -cover -coverpkg=./... -skip '^TestKernel' ./... -args -test.gocoverdir='$(CURDIR)/.cache/cover/unit'
+	@$(call find-pkgs,TestKernel); set -x; \
+	go test -count=1 -cover -coverpkg=./... -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs \
+		-args -test.gocoverdir='$(CURDIR)/.cache/cover/kernel'
+	go tool covdata textfmt -i=.cache/cover/unit,.cache/cover/kernel -o=.cache/cover/profile
+	go tool cover -html=.cache/cover/profile -o=.cache/cover/index.html
+	go tool cover -func=.cache/cover/profile | tail -n 1
+
+.PHONY: lint
+lint: install ## format, vet, linters, go.mod, shell scripts
+	@test/install.sh tools
+	@bad=$$(git ls-files -z --cached --others --exclude-standard '*.go' | xargs -0 gofmt -l); \
+	if [ -n "$$bad" ]; then echo "not formatted by gofmt:" $$bad; exit 1; fi
+	go vet ./...
+	golangci-lint run
+	go mod tidy -diff
+	shellcheck .ci/run test/*.sh
+
+.PHONY: generate
+generate: install ## write generated code anew
+	go generate ./...
+
+.PHONY: manifests
+manifests: install ## check deploy/kubernetes against the API's types
+	go test -count=1 ./deploy/...
+
+.PHONY: image
+image: ## container image IMAGE of csi-plugin (buildah or docker)
+	@tool=$$(command -v buildah || command -v docker) || { echo "neither buildah nor docker is here: apt-get install buildah"; exit 1; }; \
+	"$$tool" build --target csi-plugin --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE) .
+
+.PHONY: clean
+clean: ## remove what was built; keeps .cache and .tools
+	rm -rf bin

@@ -1,0 +1,389 @@
+// Package kubernetes_test checks the manifests: that every kustomization
+// builds, that every object has only fields which the API knows, and that the
+// parts of the DaemonSet fit each other and the programs' flags.
+package kubernetes_test
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	"sigs.k8s.io/kustomize/api/krusty"
+	"sigs.k8s.io/kustomize/kyaml/filesys"
+	"sigs.k8s.io/yaml"
+)
+
+const (
+	namespace = "cryptcsi"
+	demo      = "overlays/loopdriver-demo"
+	kubelet   = "/var/lib/kubelet"
+)
+
+// newObject returns an empty object of the kind, nil where we do not use it.
+func newObject(kind string) any {
+	switch kind {
+	case "v1/Namespace":
+		return &corev1.Namespace{}
+	case "v1/ServiceAccount":
+		return &corev1.ServiceAccount{}
+	case "v1/PersistentVolumeClaim":
+		return &corev1.PersistentVolumeClaim{}
+	case "v1/Pod":
+		return &corev1.Pod{}
+	case "apps/v1/DaemonSet":
+		return &appsv1.DaemonSet{}
+	case "rbac.authorization.k8s.io/v1/ClusterRole":
+		return &rbacv1.ClusterRole{}
+	case "rbac.authorization.k8s.io/v1/ClusterRoleBinding":
+		return &rbacv1.ClusterRoleBinding{}
+	case "storage.k8s.io/v1/CSIDriver":
+		return &storagev1.CSIDriver{}
+	case "storage.k8s.io/v1/StorageClass":
+		return &storagev1.StorageClass{}
+	}
+	return nil
+}
+
+// build returns the decoded objects of a kustomization.
+func build(t *testing.T, dir string) []any {
+	t.Helper()
+	resources, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
+	if err != nil {
+		t.Fatalf("%s: %v", dir, err)
+	}
+	var objects []any
+	for _, r := range resources.Resources() {
+		kind := r.GetApiVersion() + "/" + r.GetKind()
+		object := newObject(kind)
+		if object == nil {
+			t.Errorf("%s: a %s is not expected here (keys, for one, do not belong into manifests)", dir, kind)
+			continue
+		}
+		text, err := r.AsYAML()
+		if err != nil {
+			t.Fatalf("%s: %v", dir, err)
+		}
+		if err := yaml.UnmarshalStrict(text, object); err != nil {
+			t.Errorf("%s: %s %s: %v", dir, kind, r.GetName(), err)
+		}
+		objects = append(objects, object)
+	}
+	return objects
+}
+
+// of returns the objects that are of type T.
+func of[T any](objects []any) []T {
+	var found []T
+	for _, o := range objects {
+		if o, ok := o.(T); ok {
+			found = append(found, o)
+		}
+	}
+	return found
+}
+
+func daemonSet(t *testing.T, dir string) *appsv1.DaemonSet {
+	t.Helper()
+	sets := of[*appsv1.DaemonSet](build(t, dir))
+	if len(sets) != 1 {
+		t.Fatalf("%s has %d DaemonSets, want 1", dir, len(sets))
+	}
+	return sets[0]
+}
+
+func container(t *testing.T, set *appsv1.DaemonSet, name string) corev1.Container {
+	t.Helper()
+	containers := set.Spec.Template.Spec.Containers
+	i := slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == name })
+	if i < 0 {
+		t.Fatalf("there is no container %s", name)
+	}
+	return containers[i]
+}
+
+// kustomizations are all folders with a kustomization.yaml.
+func kustomizations(t *testing.T) []string {
+	t.Helper()
+	var dirs []string
+	err := filepath.WalkDir(".", func(name string, _ fs.DirEntry, err error) error {
+		if path.Base(name) == "kustomization.yaml" {
+			dirs = append(dirs, path.Dir(name))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(dirs, demo) {
+		t.Fatalf("%s is not among %v", demo, dirs)
+	}
+	return dirs
+}
+
+// flag returns the value of --name=value among a container's arguments.
+func flag(t *testing.T, c corev1.Container, name string) string {
+	t.Helper()
+	for _, arg := range c.Args {
+		if value, ok := strings.CutPrefix(arg, "--"+name+"="); ok {
+			return value
+		}
+	}
+	t.Fatalf("container %s has no flag --%s", c.Name, name)
+	return ""
+}
+
+func TestEveryObjectDecodes(t *testing.T) {
+	for _, dir := range kustomizations(t) {
+		t.Run(dir, func(t *testing.T) {
+			if len(build(t, dir)) == 0 {
+				t.Error("nothing is built")
+			}
+		})
+	}
+}
+
+func TestDecodingIsStrict(t *testing.T) {
+	err := yaml.UnmarshalStrict([]byte("spec: {template: {spec: {hostpid: false, nodeNme: x}}}"), newObject("apps/v1/DaemonSet"))
+	if err == nil {
+		t.Error("an unknown field was accepted")
+	}
+}
+
+func TestDaemonSets(t *testing.T) {
+	for _, dir := range []string{"base", demo} {
+		t.Run(dir, func(t *testing.T) {
+			set := daemonSet(t, dir)
+			pod := set.Spec.Template.Spec
+			if set.Namespace != namespace {
+				t.Errorf("namespace %q, want %q", set.Namespace, namespace)
+			}
+			for key, value := range set.Spec.Selector.MatchLabels {
+				if got := set.Spec.Template.Labels[key]; got != value {
+					t.Errorf("label %s of the pod is %q, its selector wants %q", key, got, value)
+				}
+			}
+			if pod.HostPID || pod.HostIPC || pod.HostNetwork {
+				t.Error("the pod shares a namespace of the host")
+			}
+			if pod.PriorityClassName != "system-node-critical" {
+				t.Errorf("priority class %q: pods with volumes would outlive their driver", pod.PriorityClassName)
+			}
+			for _, c := range pod.Containers {
+				checkMounts(t, pod, c)
+				checkProbes(t, c)
+			}
+			checkPlugin(t, pod, container(t, set, "csi-plugin"))
+		})
+	}
+}
+
+// checkMounts: each mount has its volume, and what is mounted below kubelet's
+// directory in one container is seen in the others and by kubelet.
+func checkMounts(t *testing.T, pod corev1.PodSpec, c corev1.Container) {
+	t.Helper()
+	for _, m := range c.VolumeMounts {
+		v := volume(pod, m.Name)
+		if v == nil {
+			t.Errorf("%s mounts %s, which is no volume of the pod", c.Name, m.Name)
+			continue
+		}
+		if v.HostPath == nil || v.HostPath.Path != kubelet {
+			continue
+		}
+		if m.MountPath != kubelet {
+			t.Errorf("%s has kubelet's directory at %s; paths in calls would not be found", c.Name, m.MountPath)
+		}
+		if m.MountPropagation == nil || *m.MountPropagation != corev1.MountPropagationBidirectional {
+			t.Errorf("%s: mounts below %s would not leave the container", c.Name, kubelet)
+		}
+	}
+}
+
+func volume(pod corev1.PodSpec, name string) *corev1.Volume {
+	i := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == name })
+	if i < 0 {
+		return nil
+	}
+	return &pod.Volumes[i]
+}
+
+func checkProbes(t *testing.T, c corev1.Container) {
+	t.Helper()
+	for _, probe := range []*corev1.Probe{c.LivenessProbe, c.ReadinessProbe} {
+		if probe == nil {
+			continue
+		}
+		if !slices.ContainsFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.Name == probe.HTTPGet.Port.StrVal }) {
+			t.Errorf("%s is probed at port %q, which it does not have", c.Name, probe.HTTPGet.Port.StrVal)
+		}
+	}
+}
+
+func checkPlugin(t *testing.T, pod corev1.PodSpec, c corev1.Container) {
+	t.Helper()
+	if c.SecurityContext == nil || c.SecurityContext.Privileged == nil || !*c.SecurityContext.Privileged {
+		t.Error("csi-plugin is not privileged and could not make mappings")
+	}
+	if !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "DM_DISABLE_UDEV" && e.Value == "1" }) {
+		t.Error("DM_DISABLE_UDEV=1 is missing: creating a mapping would wait for a udev that does not answer")
+	}
+	for _, mountPath := range []string{kubelet, "/dev", "/sys", "/run/cryptsetup"} {
+		i := slices.IndexFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == mountPath })
+		if i < 0 {
+			t.Errorf("csi-plugin has no %s", mountPath)
+			continue
+		}
+		v := volume(pod, c.VolumeMounts[i].Name)
+		if mountPath == "/run/cryptsetup" && v.EmptyDir == nil {
+			t.Error("/run/cryptsetup is shared with others")
+		}
+		if mountPath != "/run/cryptsetup" && (v.HostPath == nil || v.HostPath.Path != mountPath) {
+			t.Errorf("%s is not the node's", mountPath)
+		}
+	}
+	if c.LivenessProbe == nil || c.LivenessProbe.HTTPGet.Path != "/healthz" || c.ReadinessProbe == nil || c.ReadinessProbe.HTTPGet.Path != "/readyz" {
+		t.Error("csi-plugin is not probed at /healthz and /readyz")
+	}
+	if got, want := flag(t, c, "metrics-address"), fmt.Sprintf(":%d", c.Ports[0].ContainerPort); got != want {
+		t.Errorf("csi-plugin listens on %s and is probed on %s", got, want)
+	}
+}
+
+// nodePath translates a path in a container to one in the pod's volume:
+// "<volume>:<rest>".
+func nodePath(t *testing.T, c corev1.Container, name string) string {
+	t.Helper()
+	for _, m := range c.VolumeMounts {
+		if rest, ok := strings.CutPrefix(name, m.MountPath+"/"); ok {
+			return m.Name + ":" + rest
+		}
+	}
+	t.Fatalf("%s of container %s is in none of its mounts", name, c.Name)
+	return ""
+}
+
+func socket(t *testing.T, c corev1.Container, name string) string {
+	t.Helper()
+	u, err := url.Parse(flag(t, c, name))
+	if err != nil || u.Scheme != "unix" {
+		t.Fatalf("--%s=%s of %s is no unix socket: %v", name, flag(t, c, name), c.Name, err)
+	}
+	return nodePath(t, c, u.Path)
+}
+
+func TestSocketsMeet(t *testing.T) {
+	set := daemonSet(t, demo)
+	plugin := container(t, set, "csi-plugin")
+	registrar := container(t, set, "node-driver-registrar")
+	provisioner := container(t, set, "csi-provisioner")
+
+	if got, want := socket(t, plugin, "wrapped-endpoint"), socket(t, container(t, set, "loopdriver"), "endpoint"); got != want {
+		t.Errorf("csi-plugin looks for the wrapped driver at %s, which serves at %s", got, want)
+	}
+	serves := socket(t, plugin, "endpoint")
+	for _, c := range []corev1.Container{registrar, provisioner} {
+		if got := nodePath(t, c, flag(t, c, "csi-address")); got != serves {
+			t.Errorf("%s looks for csi-plugin at %s, which serves at %s", c.Name, got, serves)
+		}
+	}
+	name, file, _ := strings.Cut(serves, ":")
+	v := volume(set.Spec.Template.Spec, name)
+	if v == nil || v.HostPath == nil {
+		t.Fatalf("csi-plugin's socket is not on the node")
+	}
+	if got, want := flag(t, registrar, "kubelet-registration-path"), path.Join(v.HostPath.Path, file); got != want {
+		t.Errorf("kubelet is told %s, the socket is %s", got, want)
+	}
+}
+
+func TestDemoNames(t *testing.T) {
+	objects := build(t, demo)
+	name := flag(t, container(t, daemonSet(t, demo), "loopdriver"), "driver-name")
+	drivers, classes := of[*storagev1.CSIDriver](objects), of[*storagev1.StorageClass](objects)
+	if len(drivers) != 1 || drivers[0].Name != name {
+		t.Errorf("CSIDriver objects %v, want one called %s", drivers, name)
+	}
+	known := map[string]bool{}
+	for _, class := range classes {
+		known[class.Name] = true
+		if class.Provisioner != name {
+			t.Errorf("StorageClass %s has provisioner %s, the driver is %s", class.Name, class.Provisioner, name)
+		}
+	}
+	for _, claim := range of[*corev1.PersistentVolumeClaim](build(t, "examples/loopdriver-demo")) {
+		if claim.Spec.StorageClassName == nil || !known[*claim.Spec.StorageClassName] {
+			t.Errorf("claim %s is of no class of the demo", claim.Name)
+		}
+	}
+}
+
+// TestDemoKeys: the files that the key URI names come from a Secret, and the
+// records lie on the node, where a restart of the pod leaves them.
+func TestDemoKeys(t *testing.T) {
+	set := daemonSet(t, demo)
+	plugin := container(t, set, "csi-plugin")
+	source := func(file string) *corev1.Volume {
+		name, _, _ := strings.Cut(nodePath(t, plugin, file), ":")
+		return volume(set.Spec.Template.Spec, name)
+	}
+	kms, err := url.Parse(flag(t, plugin, "kms-uri"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{kms.Path, kms.Query().Get("salt-file")} {
+		if source(file).Secret == nil {
+			t.Errorf("%s does not come from a Secret", file)
+		}
+	}
+	storage, err := url.Parse(flag(t, plugin, "storage-uri"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if source(storage.Path+"/record").HostPath == nil {
+		t.Errorf("records in %s go away with the pod", storage.Path)
+	}
+}
+
+// TestFlagsExist asks the programs themselves which flags they have.
+func TestFlagsExist(t *testing.T) {
+	set := daemonSet(t, demo)
+	for _, program := range []struct {
+		container, source string
+		help              []string
+	}{
+		{"csi-plugin", "./cmd/csi-plugin", []string{"node", "--help"}},
+		{"loopdriver", "./test/loopdriver/cmd/loopdriver", []string{"--help"}},
+	} {
+		binary := filepath.Join(t.TempDir(), program.container)
+		build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, program.source)
+		build.Dir = "../.."
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Errorf("building %s: %v\n%s", program.source, err, out)
+			continue
+		}
+		var help bytes.Buffer
+		show := exec.CommandContext(t.Context(), binary, program.help...)
+		show.Stdout, show.Stderr = &help, &help
+		if err := show.Run(); err != nil {
+			t.Errorf("%s %v: %v\n%s", program.container, program.help, err, &help)
+		}
+		for _, arg := range container(t, set, program.container).Args {
+			name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+			if strings.HasPrefix(arg, "-") && !slices.Contains(strings.Fields(help.String()), "-"+name) &&
+				!slices.Contains(strings.Fields(help.String()), "--"+name) {
+				t.Errorf("%s has no flag --%s", program.container, name)
+			}
+		}
+	}
+}

@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# Installs what building, testing and demonstrating cryptcsi needs, and nothing
+# that is there already. Made for Debian 12 (bookworm); run as root or with sudo.
+#
+#   test/install.sh [GROUP...]        default: packages go
+#
+#   packages  Debian packages: compiler, libcryptsetup, mkfs programs, the
+#             user-mode-linux kernel that tests run on where the machine's own
+#             kernel has no device-mapper
+#   go        a Go toolchain under .cache/go, where `go` is missing or too old
+#   qemu      QEMU, and the distribution's kernel unpacked under .cache/kernel
+#             (it is not installed on the machine)
+#   tools     linters, built from the versions pinned in test/tools/go.mod
+#             into .tools/bin
+#
+# Prints one line for each thing it does; says nothing where all is there.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=$root/.cache
+
+# The toolchain that is fetched. The checksum is that of the module's zip file.
+go_version=1.26.8
+go_sha256=30c2b1bf7dcc88d3eb0a1364e47ddd9128edb3110a30e8a0ef61cd5856b31de7
+
+packages=(
+	# build
+	ca-certificates gcc git libc6-dev make pkg-config
+	libcryptsetup-dev libdevmapper-dev
+	# used by the programs and by their tests
+	cryptsetup-bin dmsetup e2fsprogs xfsprogs btrfs-progs
+	kmod mount util-linux
+	# the guest kernel
+	user-mode-linux busybox-static
+)
+
+say() { printf 'install: %s\n' "$*" >&2; }
+fail() {
+	say "$*"
+	exit 1
+}
+
+# missing PACKAGE... prints those that dpkg does not know as installed.
+missing() {
+	local installed
+	installed=$'\n'$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)$'\n'
+	local p
+	for p in "$@"; do
+		[[ $installed == *$'\n'"installed $p"$'\n'* ]] || printf '%s\n' "$p"
+	done
+}
+
+# quietly TEXT COMMAND... runs COMMAND in a subshell and prints TEXT with the
+# seconds it took; where it fails, also the end of what it said. Not to be
+# called in a condition: the shell would then ignore failures within COMMAND.
+quietly() {
+	local text=$1 log status start=$SECONDS
+	shift
+	log=$(mktemp)
+	set +e
+	(
+		set -e
+		"$@"
+	) >"$log" 2>&1
+	status=$?
+	set -e
+	[ $status = 0 ] || tail -n 20 "$log" >&2
+	rm -f "$log"
+	[ $status = 0 ] || fail "failed: $text"
+	say "$text ($((SECONDS - start)) s)"
+}
+
+# as_root COMMAND... runs it as root; need_root has looked whether that can be.
+as_root() {
+	if [ "$(id -u)" = 0 ]; then
+		"$@"
+	else
+		sudo "$@"
+	fi
+}
+
+# need_root PACKAGE... fails with words where we cannot become root.
+need_root() {
+	[ "$(id -u)" = 0 ] && return
+	command -v sudo >/dev/null && return
+	fail "not root and there is no sudo. As root: apt-get install $*"
+}
+
+# debian PACKAGE... installs those that are missing.
+debian() {
+	command -v dpkg-query >/dev/null ||
+		fail "this machine is not a Debian one. Install what these Debian packages hold, by hand: $*"
+	local want
+	mapfile -t want < <(missing "$@")
+	[ ${#want[@]} = 0 ] && return
+	need_root "${want[@]}"
+	quietly "package lists" as_root apt-get -q update
+	quietly "packages: ${want[*]}" \
+		as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy --no-install-recommends install "${want[@]}"
+}
+
+# go_works tells whether the `go` at hand can build this module. Asked inside
+# the module, a Go that fetches newer toolchains by itself counts.
+go_works() {
+	command -v go >/dev/null && (cd "$root" && go env GOVERSION) >/dev/null 2>&1
+}
+
+# proxies prints the module proxies to ask, one a line, as go itself would
+# choose them: environment, then the user's settings, then go's default.
+proxies() {
+	local list=${GOPROXY:-} settings=${GOENV:-${XDG_CONFIG_HOME:-${HOME:-/root}/.config}/go/env}
+	if [ -z "$list" ] && [ -r "$settings" ]; then
+		list=$(sed -n 's/^GOPROXY=//p' "$settings")
+	fi
+	list=${list:-https://proxy.golang.org}
+	grep -vxE 'direct|off|' <<<"${list//[,|]/$'\n'}" || true
+}
+
+download() { # URL FILE
+	if command -v curl >/dev/null; then
+		curl -fsSL --retry 3 -o "$2" "$1"
+	else
+		wget -q -O "$2" "$1"
+	fi
+}
+
+unpack() { # ZIP DIRECTORY
+	if command -v unzip >/dev/null; then
+		unzip -q "$1" -d "$2"
+	elif command -v python3 >/dev/null; then
+		python3 -m zipfile -e "$1" "$2"
+	else
+		busybox unzip -q "$1" -d "$2"
+	fi
+}
+
+fetch_go() { # DIRECTORY to work in
+	local module=golang.org/toolchain@v0.0.1-go$go_version.linux-amd64 proxy
+	for proxy in $(proxies); do
+		download "${proxy%/}/${module/@//@v/}.zip" "$1/go.zip" || continue
+		echo "$go_sha256  $1/go.zip" | sha256sum --check --status ||
+			fail "$proxy gave a Go $go_version with another checksum than the pinned one; not used"
+		unpack "$1/go.zip" "$1"
+		# Module archives do not keep the execute permission.
+		chmod -R +x "$1/$module/bin" "$1/$module/pkg/tool"
+		rm -rf "$cache/go"
+		mv "$1/$module" "$cache/go"
+		return
+	done
+	fail "no Go $go_version to be had from: $(proxies | tr '\n' ' ')
+install: install Go 1.26 or newer from https://go.dev/dl/ and put its bin directory into PATH"
+}
+
+install_go() {
+	PATH=$cache/go/bin:$PATH
+	go_works && return
+	[ "$(uname -sm)" = "Linux x86_64" ] ||
+		fail "no Go 1.26 or newer, and a pinned one is known for Linux on x86-64 only. Install Go from https://go.dev/dl/"
+	command -v curl >/dev/null || command -v wget >/dev/null || debian ca-certificates curl
+	command -v unzip >/dev/null || command -v python3 >/dev/null || command -v busybox >/dev/null || debian unzip
+	mkdir -p "$cache"
+	work=$(mktemp -d "$cache/go.XXXXXX") # global: the trap below outlives this function
+	trap 'rm -rf "$work"' EXIT
+	quietly "Go $go_version in .cache/go" fetch_go "$work"
+	go_works || fail "the Go in .cache/go does not run; remove it and try again"
+}
+
+# fetch_kernel unpacks the newest kernel that linux-image-amd64 stands for.
+fetch_kernel() { # DIRECTORY to work in
+	local package
+	package=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9]\S*\)$/\1/p' | head -n 1)
+	[ -n "$package" ] || fail "apt-cache knows no linux-image-amd64; run apt-get update"
+	(cd "$1" && apt-get -q download "$package")
+	dpkg-deb -x "$1"/*.deb "$1/tree"
+	depmod -b "$1/tree" "${package#linux-image-}"
+	mv "$1/tree" "$cache/kernel"
+}
+
+install_qemu() {
+	debian qemu-system-x86 busybox-static kmod
+	[ -d "$cache/kernel" ] && return
+	mkdir -p "$cache"
+	work=$(mktemp -d "$cache/kernel.XXXXXX")
+	trap 'rm -rf "$work"' EXIT
+	PATH=$PATH:/sbin:/usr/sbin quietly "the distribution's kernel in .cache/kernel" fetch_kernel "$work"
+}
+
+install_tools() {
+	debian shellcheck
+	install_go
+	local stamp
+	stamp=$(go env GOVERSION && sha256sum <"$root/test/tools/go.mod")
+	[ "$(cat "$root/.tools/stamp" 2>/dev/null)" = "$stamp" ] && return
+	mkdir -p "$root/.tools"
+	quietly "linters in .tools/bin" \
+		env -C "$root/test/tools" GOFLAGS=-mod=readonly CGO_ENABLED=0 GOBIN="$root/.tools/bin" \
+		go install -trimpath -ldflags '-s -w' tool
+	printf '%s\n' "$stamp" >"$root/.tools/stamp"
+}
+
+[ $# -gt 0 ] || set -- packages go
+for group; do
+	case $group in
+	packages) debian "${packages[@]}" ;;
+	go) install_go ;;
+	qemu) install_qemu ;;
+	tools) install_tools ;;
+	*) fail "no group $group; there are: packages go qemu tools" ;;
+	esac
+done
