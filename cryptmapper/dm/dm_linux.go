@@ -288,3 +288,16 @@ func cString(b []byte) string {
 	}
 	return string(b)
 }
+
+// NeedTarget fails where the kernel has no such target, after it was asked to
+// load the module.
+func NeedTarget(name string) error {
+	h, err := header(name)
+	if err != nil {
+		return err
+	}
+	if _, _, err := call(unix.DM_GET_TARGET_VERSION, h, nil, 1<<10); err != nil {
+		return fmt.Errorf("the kernel has no dm-%s target and cannot load one (modprobe dm-%s): %w", name, name, err)
+	}
+	return nil
+}

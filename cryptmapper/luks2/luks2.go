@@ -78,6 +78,9 @@ func verify(device io.ReaderAt, raw []byte, offset int64, id dek.ID, key secret.
 	if err != nil {
 		return nil, err
 	}
+	if t.DEKID != string(id) {
+		return nil, fmt.Errorf("header at offset %d belongs to %q, not to %s", offset, t.DEKID, id)
+	}
 	areas, err := c.readAreas(device)
 	if err != nil {
 		return nil, err
@@ -88,9 +91,6 @@ func verify(device io.ReaderAt, raw []byte, offset int64, id dek.ID, key secret.
 	}
 	if got, err := base64.StdEncoding.DecodeString(t.MAC); err != nil || !hmac.Equal(got, mac) {
 		return nil, fmt.Errorf("header at offset %d does not verify under the DEK of %s", offset, id)
-	}
-	if t.DEKID != string(id) {
-		return nil, fmt.Errorf("header belongs to %s, not to %s", t.DEKID, id)
 	}
 	return &Header{Copy: c, areas: areas, Token: t}, nil
 }

@@ -1,0 +1,237 @@
+package envelope
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// vectors returns the records in testdata by name.
+func vectors(t testing.TB) map[string][]byte {
+	t.Helper()
+	paths, err := filepath.Glob("testdata/record-v1/*.json")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("no vectors: %v", err)
+	}
+	all := map[string][]byte{}
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[strings.TrimSuffix(filepath.Base(path), ".json")] = data
+	}
+	return all
+}
+
+// TestDecodeIsStrict changes one thing in a good record at a time.
+func TestDecodeIsStrict(t *testing.T) {
+	good := string(vectors(t)["claimed"])
+	if _, err := decodeRecord([]byte(good)); err != nil {
+		t.Fatal(err)
+	}
+	swap := func(old, new string) string {
+		if strings.Count(good, old) != 1 {
+			t.Fatalf("%q is not in the record once", old)
+		}
+		return strings.Replace(good, old, new, 1)
+	}
+	formatted := strings.ReplaceAll(swap(`"prepared"`, `"formatted"`), "\n", " ")
+	for name, bad := range map[string]string{
+		"unknown field":          swap(`"version": 1,`, `"version": 1, "extra": 1,`),
+		"unknown inner field":    swap(`"node": `, `"extra": {"a": "b"}, "node": `),
+		"duplicate":              swap(`"version": 1,`, `"version": 1, "version": 1,`),
+		"duplicate with escapes": swap(`"version": 1,`, `"version": 1, "\u0076ersion": 1,`),
+		"duplicate object":       swap(`"claim": {`, `"claim": {}, "claim": {`),
+		"wrong case":             swap(`"state"`, `"State"`),
+		"wrong inner case":       swap(`"key_id"`, `"Key_ID"`),
+		"path as a name":         swap(`"version": 1,`, `"version": 1, "claim/node": "node-a",`),
+		"empty name":             swap(`"version": 1,`, `"version": 1, "": 1,`),
+		"null":                   swap(`"version": 1,`, `"version": 1, "header": null,`),
+		"empty object":           swap(`"version": 1,`, `"version": 1, "header": {},`),
+		"explicit zero":          swap(`"node": `, `"uuid": "", "node": `),
+		"empty layout":           swap(`"cipher": `, `"layout": "", "cipher": `),
+		"number as 1.0":          swap(`"version": 1,`, `"version": 1.0,`),
+		"number as string":       swap(`"version": 1,`, `"version": "1",`),
+		"array":                  swap(`"version": 1,`, `"version": [1],`),
+		"no version":             swap(`"version": 1,`, ``),
+		"version 0":              swap(`"version": 1,`, `"version": 0,`),
+		"negative version":       swap(`"version": 1,`, `"version": -1,`),
+		"trailing data":          good + "{}",
+		"trailing text":          good + "x",
+		"second record":          good + good,
+		"an array of it":         "[" + good + "]",
+		"cut":                    good[:len(good)-3],
+		"not UTF-8":              swap(`"pvc-2"`, "\"pvc-\xff\""),
+		"oversize":               good + strings.Repeat(" ", MaxObject),
+		"empty":                  "",
+		"nothing":                "null",
+		"a string":               `"record"`,
+		"deep":                   strings.Repeat(`{"a":`, 5000) + "1" + strings.Repeat("}", 5000),
+		"base64 with a newline":  swap(`"mac": "`, `"mac": "\n`),
+		"short MAC":              swap(good[strings.Index(good, `"mac": "`):], `"mac": "AAAA"}`),
+		"no MAC":                 swap(good[strings.Index(good, `,`+"\n  "+`"mac"`):], "}"),
+		"bad ID":                 swap(`"pd.csi.storage.gke.io/projects`, `"pd csi`),
+		"bad cipher":             swap(`aes-xts-plain64`, `null`),
+		"bad integrity":          swap(`"hmac-sha256"`, `"crc32"`),
+		"bad state":              swap(`"prepared"`, `"blank"`),
+		"formatted, no header":   formatted,
+		"prepared, a header":     swap(`"version": 1,`, `"version": 1, "header": {"uuid": "0b9c1a52-6f0e-4d5b-9a3e-8f1c2d3e4f50"},`),
+		"claim without a node":   swap(`"node": "node-a",`, ``),
+		"claim with a bad UUID":  swap(`0b9c1a52`, `0B9C1A52`),
+		"deleted, but not empty": swap(`"prepared"`, `"deleted"`),
+		"time with an offset":    swap(`2026-01-02T03:04:06Z`, `2026-01-02T03:04:06+00:00`),
+		"time with a fraction":   swap(`2026-01-02T03:04:06Z`, `2026-01-02T03:04:06.0Z`),
+		"impossible time":        swap(`2026-01-02T03:04:06Z`, `2026-02-30T03:04:06Z`),
+		"no scheme":              swap(`"scheme": "cluster",`, ``),
+		"empty scheme":           swap(`"scheme": "cluster"`, `"scheme": ""`),
+		"empty mechanism":        swap(`"mechanism": "hkdf-sha256+aes-256-gcm"`, `"mechanism": ""`),
+		"null ciphertext":        swap(good[strings.Index(good, `"ciphertext"`):strings.Index(good, "\n  },\n  \"claim\"")], `"ciphertext": null`),
+	} {
+		r, err := decodeRecord([]byte(bad))
+		if !errors.Is(err, errdefs.ErrCorrupt) {
+			t.Errorf("%s: %+v, %v, want ErrCorrupt", name, r, err)
+		}
+		if err != nil && len(err.Error()) > 600 {
+			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
+		}
+	}
+	for name, later := range map[string]string{
+		"version 2": swap(`"version": 1,`, `"version": 2, "what": ["ever"],`),
+		"rotating":  swap(`"prepared"`, `"rotating"`),
+	} {
+		if _, err := decodeRecord([]byte(later)); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "upgrade") {
+			t.Errorf("%s: %v, want ErrState that says to upgrade", name, err)
+		}
+	}
+}
+
+// TestMACCoversEverything changes every value of every vector: decoding or
+// verifying must fail. It checks first that the record verifies as it is.
+func TestMACCoversEverything(t *testing.T) {
+	changed := 0
+	for name, n := range map[string]byte{"prepared": 1, "claimed": 2, "formatted": 3, "formatted-no-sequence": 4} {
+		key := countUp(32*n, 32)
+		defer key.Wipe()
+		check := func(data []byte) error {
+			r, err := decodeRecord(data)
+			if err != nil {
+				return err
+			}
+			return r.verify(key)
+		}
+		good := vectors(t)[name]
+		if err := check(good); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		other := countUp(99, 32)
+		if r, err := decodeRecord(good); err != nil || !errors.Is(r.verify(other), errdefs.ErrCorrupt) {
+			t.Errorf("%s verifies under another key", name)
+		}
+		other.Wipe()
+		if name != "claimed" && name != "formatted" {
+			continue // these two have every field
+		}
+		for i, c := range good {
+			bad := bytes.Clone(good)
+			if bad[i] = '1'; c == '1' {
+				bad[i] = '2'
+			}
+			if strings.ContainsRune(" \n{}:,\"\\", rune(c)) || !json.Valid(bad) {
+				continue
+			}
+			changed++
+			if check(bad) == nil {
+				t.Errorf("%s: byte %d changed from %q to %q goes unnoticed", name, i, c, bad[i])
+			}
+		}
+	}
+	if changed < 1000 {
+		t.Errorf("only %d changes were tried", changed)
+	}
+}
+
+// TestOptionalFieldsCanCome: a field more changes the MAC, a field that is
+// absent does not count, so version 1 can grow.
+func TestOptionalFieldsCanCome(t *testing.T) {
+	got, err := flatten([]byte(`{"a":"1","b":{"c":2,"d":{"e":true}},"f":null,"g":{}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"a": "s1", "b/c": "n2", "b/d/e": "btrue", "f": "z", "g": "{"}
+	for path := range want {
+		if got[path] != want[path] {
+			t.Errorf("%s is %q, want %q", path, got[path], want[path])
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("got %v", got)
+	}
+}
+
+func countUp(first byte, n int) secret.Bytes {
+	s := secret.New(n)
+	for i := range s.Expose() {
+		s.Expose()[i] = first + byte(i)
+	}
+	return s
+}
+
+// FuzzRecord: what decodes is encoded again to the same record, with a MAC
+// that verifies; what it decodes to obeys the rules that callers rely on.
+func FuzzRecord(f *testing.F) {
+	for _, data := range vectors(f) {
+		f.Add(data)
+	}
+	f.Add([]byte(`{"version":2}`))
+	key := countUp(1, 32)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		r, err := decodeRecord(data)
+		if err != nil {
+			if !errors.Is(err, errdefs.ErrCorrupt) && !errors.Is(err, errdefs.ErrState) {
+				t.Errorf("error without a class: %v", err)
+			}
+			return
+		}
+		if len(data) > MaxObject || r.Version != 1 || r.Created == "" {
+			t.Errorf("accepted %+v", r)
+		}
+		if _, err := dek.ParseID(string(r.ID)); err != nil || dek.Spec(r.Spec).Validate() != nil {
+			t.Errorf("accepted %+v", r)
+		}
+		if (r.State == dek.Formatted) != (r.Header.UUID != "") || (r.State == dek.Deleted) != (len(r.Wrapped.Ciphertext) == 0) {
+			t.Errorf("accepted %+v", r)
+		}
+		before := *r
+		again, err := r.encode(key)
+		if err != nil {
+			if len(data) > MaxObject/8 {
+				return // escapes and indentation may make it too large
+			}
+			t.Fatalf("what was read cannot be written: %v", err)
+		}
+		second, err := decodeRecord(again)
+		if err != nil {
+			t.Fatalf("what was written cannot be read: %v", err)
+		}
+		if second.State != dek.Deleted {
+			if err := second.verify(key); err != nil {
+				t.Error(err)
+			}
+		}
+		before.MAC, second.MAC = nil, nil
+		a, _ := json.Marshal(before)
+		b, _ := json.Marshal(second)
+		if !bytes.Equal(a, b) {
+			t.Errorf("%s became %s", a, b)
+		}
+	})
+}

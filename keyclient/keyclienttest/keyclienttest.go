@@ -1,0 +1,382 @@
+// Package keyclienttest is the contract of everything that hands out DEKs, as
+// a test suite: envelope.Keyring passes it, and so does every client of a
+// Keyring elsewhere, so that callers cannot tell one from the other.
+package keyclienttest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// NodeKeys is what a node calls.
+type NodeKeys interface {
+	GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
+	ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error)
+	ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error
+}
+
+// AdminKeys is what a controller and an operator call.
+type AdminKeys interface {
+	CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error)
+	RewrapDEK(ctx context.Context, id dek.ID) error
+	DeleteDEK(ctx context.Context, id dek.ID) error
+}
+
+// Keys is both ends of one set of DEKs.
+type Keys struct {
+	NodeKeys
+	AdminKeys
+}
+
+const id = dek.ID("driver.example.com/vol-1")
+
+func spec() dek.Spec {
+	return dek.Spec{Name: "pvc-1 äöü <&>", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC}
+}
+
+// Run runs the suite. open opens an empty set of DEKs that lives until t ends.
+func Run(t *testing.T, open func(t *testing.T) Keys) {
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, Keys)
+	}{
+		{"CreateThenGet", createThenGet},
+		{"CreateTwice", createTwice},
+		{"OneKeyPerID", oneKeyPerID},
+		{"GetNeverCreates", getNeverCreates},
+		{"BadArguments", badArguments},
+		{"LifeCycle", lifeCycle},
+		{"Claim", claim},
+		{"ConfirmRaisesTheFloor", confirmRaises},
+		{"ConfirmOtherHeader", confirmOther},
+		{"Rewrap", rewrap},
+		{"Delete", deletes},
+		{"Cancelled", cancelled},
+		{"CreateRace", createRace},
+		{"ClaimRace", claimRace},
+		{"ConfirmRace", confirmRace},
+	} {
+		t.Run(test.name, func(t *testing.T) { test.run(t, open(t)) })
+	}
+}
+
+// create creates the DEK of id and leaves its wiping to the test's end.
+func create(t *testing.T, k Keys, id dek.ID) dek.DEK {
+	t.Helper()
+	d, err := k.CreateDEK(t.Context(), id, spec())
+	if err != nil {
+		t.Fatalf("CreateDEK(%q): %v", id, err)
+	}
+	t.Cleanup(d.Key.Wipe)
+	return d
+}
+
+// get is create's counterpart.
+func get(t *testing.T, k Keys, id dek.ID) dek.DEK {
+	t.Helper()
+	d, err := k.GetDEK(t.Context(), id)
+	if err != nil {
+		t.Fatalf("GetDEK(%q): %v", id, err)
+	}
+	t.Cleanup(d.Key.Wipe)
+	return d
+}
+
+// same compares all but the keys' places in memory.
+func same(t *testing.T, what string, got, want dek.DEK) {
+	t.Helper()
+	if !got.Key.Equal(want.Key) {
+		t.Errorf("%s: another key", what)
+	}
+	got.Key, want.Key = secret.Bytes{}, secret.Bytes{}
+	if diff := cmp.Diff(want, got, cmp.Comparer(secret.Bytes.Equal)); diff != "" {
+		t.Errorf("%s: (-want +got)\n%s", what, diff)
+	}
+}
+
+func mustBe(t *testing.T, what string, err, class error) {
+	t.Helper()
+	if !errors.Is(err, class) {
+		t.Errorf("%s: %v, want %v", what, err, class)
+	}
+}
+
+func must(t *testing.T, what string, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+}
+
+func createThenGet(t *testing.T, k Keys) {
+	made := create(t, k, id)
+	if made.Key.Len() != dek.Size {
+		t.Errorf("a key of %d bytes", made.Key.Len())
+	}
+	same(t, "CreateDEK", made, dek.DEK{ID: id, State: dek.Prepared, Spec: spec(), Key: made.Key})
+	same(t, "GetDEK", get(t, k, id), made)
+}
+
+func createTwice(t *testing.T, k Keys) {
+	made := create(t, k, id)
+	same(t, "the second CreateDEK", create(t, k, id), made)
+	for name, other := range map[string]dek.Spec{
+		"another name":      {Name: "pvc-2", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
+		"no name":           {Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
+		"another integrity": {Name: spec().Name, Cipher: dek.CipherXTS},
+	} {
+		d, err := k.CreateDEK(t.Context(), id, other)
+		mustBe(t, "CreateDEK with "+name, err, errdefs.ErrExists)
+		if d.Key.Len() != 0 {
+			t.Errorf("CreateDEK with %s gave a key with its error", name)
+		}
+	}
+	same(t, "after the refusals", get(t, k, id), made)
+}
+
+func oneKeyPerID(t *testing.T, k Keys) {
+	a, b := create(t, k, id), create(t, k, id+"0")
+	if a.Key.Equal(b.Key) {
+		t.Error("two IDs have one key")
+	}
+	if a.Key.Equal(secret.New(dek.Size)) {
+		t.Error("the key is zero")
+	}
+	// The caller owns its copy: wiping it takes nothing from others.
+	again := create(t, k, id)
+	again.Key.Wipe()
+	same(t, "after another caller's wipe", get(t, k, id), a)
+}
+
+func getNeverCreates(t *testing.T, k Keys) {
+	for range 2 {
+		_, err := k.GetDEK(t.Context(), id)
+		mustBe(t, "GetDEK without a record", err, errdefs.ErrNotFound)
+	}
+	_, err := k.ClaimFormat(t.Context(), id, dek.Claim{Node: "n", UUID: dek.NewUUID()})
+	mustBe(t, "ClaimFormat without a record", err, errdefs.ErrNotFound)
+	mustBe(t, "ConfirmDEK without a record", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: dek.NewUUID()}), errdefs.ErrNotFound)
+	mustBe(t, "RewrapDEK without a record", k.RewrapDEK(t.Context(), id), errdefs.ErrNotFound)
+	mustBe(t, "DeleteDEK without a record", k.DeleteDEK(t.Context(), id), errdefs.ErrNotFound)
+	_, err = k.GetDEK(t.Context(), id)
+	mustBe(t, "GetDEK after all that", err, errdefs.ErrNotFound)
+}
+
+func badArguments(t *testing.T, k Keys) {
+	for _, bad := range []dek.ID{"", "a b", "a\nb", "ü"} {
+		_, err := k.CreateDEK(t.Context(), bad, spec())
+		mustBe(t, fmt.Sprintf("CreateDEK(%q)", bad), err, errdefs.ErrInvalid)
+		_, err = k.GetDEK(t.Context(), bad)
+		mustBe(t, fmt.Sprintf("GetDEK(%q)", bad), err, errdefs.ErrInvalid)
+		mustBe(t, fmt.Sprintf("DeleteDEK(%q)", bad), k.DeleteDEK(t.Context(), bad), errdefs.ErrInvalid)
+	}
+	for _, bad := range []dek.Spec{{}, {Cipher: "null"}, {Cipher: dek.CipherXTS, Layout: "x"}} {
+		_, err := k.CreateDEK(t.Context(), id, bad)
+		mustBe(t, fmt.Sprintf("CreateDEK with %+v", bad), err, errdefs.ErrInvalid)
+	}
+	create(t, k, id)
+	uuid := dek.NewUUID()
+	for _, bad := range []dek.Claim{{}, {Node: "n"}, {UUID: uuid}, {Node: "n", UUID: "x" + uuid[1:]}, {Node: "n", UUID: uuid + "0"}} {
+		_, err := k.ClaimFormat(t.Context(), id, bad)
+		mustBe(t, fmt.Sprintf("ClaimFormat with %+v", bad), err, errdefs.ErrInvalid)
+	}
+	for _, bad := range []dek.HeaderID{{}, {Sequence: 1}, {UUID: "x"}} {
+		mustBe(t, fmt.Sprintf("ConfirmDEK with %+v", bad), k.ConfirmDEK(t.Context(), id, bad), errdefs.ErrInvalid)
+	}
+}
+
+func lifeCycle(t *testing.T, k Keys) {
+	want := create(t, k, id)
+	want.Claim = dek.Claim{Node: "node-a", UUID: dek.NewUUID()}
+	got, err := k.ClaimFormat(t.Context(), id, want.Claim)
+	must(t, "ClaimFormat", err)
+	if got != want.Claim {
+		t.Errorf("ClaimFormat = %+v, want %+v", got, want.Claim)
+	}
+	same(t, "claimed", get(t, k, id), want)
+
+	want.State, want.Header = dek.Formatted, dek.HeaderID{UUID: want.Claim.UUID, Sequence: 3}
+	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, want.Header))
+	same(t, "formatted", get(t, k, id), want)
+	same(t, "CreateDEK of a formatted one", create(t, k, id), want)
+
+	_, err = k.ClaimFormat(t.Context(), id, want.Claim)
+	mustBe(t, "ClaimFormat of a formatted one", err, errdefs.ErrState)
+	same(t, "after that", get(t, k, id), want)
+}
+
+func claim(t *testing.T, k Keys) {
+	create(t, k, id)
+	first := dek.Claim{Node: "node-a", UUID: dek.NewUUID()}
+	for _, c := range []dek.Claim{first, first, {Node: "node-a", UUID: dek.NewUUID()}} {
+		got, err := k.ClaimFormat(t.Context(), id, c)
+		must(t, "ClaimFormat", err)
+		if got != first {
+			t.Errorf("ClaimFormat(%+v) = %+v, want the first claim %+v", c, got, first)
+		}
+	}
+	got, err := k.ClaimFormat(t.Context(), id, dek.Claim{Node: "node-b", UUID: first.UUID})
+	mustBe(t, "ClaimFormat by another node", err, errdefs.ErrConflict)
+	if got != (dek.Claim{}) {
+		t.Errorf("ClaimFormat gave %+v with its error", got)
+	}
+	if d := get(t, k, id); d.Claim != first || d.State != dek.Prepared {
+		t.Errorf("the claim is %+v in state %s, want %+v", d.Claim, d.State, first)
+	}
+}
+
+// format brings a new DEK to state formatted with sequence 5.
+func format(t *testing.T, k Keys, id dek.ID) dek.DEK {
+	t.Helper()
+	create(t, k, id)
+	uuid := dek.NewUUID()
+	_, err := k.ClaimFormat(t.Context(), id, dek.Claim{Node: "node-a", UUID: uuid})
+	must(t, "ClaimFormat", err)
+	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: uuid, Sequence: 5}))
+	return get(t, k, id)
+}
+
+func confirmRaises(t *testing.T, k Keys) {
+	want := format(t, k, id)
+	for _, step := range []struct{ confirm, floor uint64 }{{5, 5}, {4, 5}, {0, 5}, {6, 6}, {5, 6}, {1<<64 - 1, 1<<64 - 1}, {7, 1<<64 - 1}} {
+		must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: want.Header.UUID, Sequence: step.confirm}))
+		want.Header.Sequence = step.floor
+		same(t, fmt.Sprintf("after confirming %d", step.confirm), get(t, k, id), want)
+	}
+}
+
+func confirmOther(t *testing.T, k Keys) {
+	create(t, k, id)
+	mustBe(t, "ConfirmDEK without a claim", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: dek.NewUUID()}), errdefs.ErrState)
+	_, err := k.ClaimFormat(t.Context(), id, dek.Claim{Node: "node-a", UUID: dek.NewUUID()})
+	must(t, "ClaimFormat", err)
+	mustBe(t, "ConfirmDEK of a header that was not claimed", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: dek.NewUUID()}), errdefs.ErrState)
+	if d := get(t, k, id); d.State != dek.Prepared {
+		t.Errorf("state %s after a refused ConfirmDEK", d.State)
+	}
+	want := format(t, k, id+"0")
+	mustBe(t, "ConfirmDEK of another header", k.ConfirmDEK(t.Context(), id+"0", dek.HeaderID{UUID: dek.NewUUID(), Sequence: 99}), errdefs.ErrState)
+	same(t, "after that", get(t, k, id+"0"), want)
+}
+
+func rewrap(t *testing.T, k Keys) {
+	want := format(t, k, id)
+	for range 2 {
+		must(t, "RewrapDEK", k.RewrapDEK(t.Context(), id))
+		same(t, "after RewrapDEK", get(t, k, id), want)
+	}
+}
+
+func deletes(t *testing.T, k Keys) {
+	format(t, k, id)
+	kept := format(t, k, id+"0")
+	for range 2 {
+		must(t, "DeleteDEK", k.DeleteDEK(t.Context(), id))
+	}
+	_, err := k.GetDEK(t.Context(), id)
+	mustBe(t, "GetDEK of a deleted one", err, errdefs.ErrNotFound)
+	_, err = k.CreateDEK(t.Context(), id, spec())
+	mustBe(t, "CreateDEK of a deleted one", err, errdefs.ErrExists)
+	_, err = k.ClaimFormat(t.Context(), id, dek.Claim{Node: "n", UUID: dek.NewUUID()})
+	mustBe(t, "ClaimFormat of a deleted one", err, errdefs.ErrState)
+	mustBe(t, "ConfirmDEK of a deleted one", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: dek.NewUUID()}), errdefs.ErrState)
+	mustBe(t, "RewrapDEK of a deleted one", k.RewrapDEK(t.Context(), id), errdefs.ErrState)
+	same(t, "the other DEK", get(t, k, id+"0"), kept)
+}
+
+func cancelled(t *testing.T, k Keys) {
+	want := create(t, k, id)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, createErr := k.CreateDEK(ctx, id+"0", spec())
+	_, getErr := k.GetDEK(ctx, id)
+	_, claimErr := k.ClaimFormat(ctx, id, dek.Claim{Node: "n", UUID: dek.NewUUID()})
+	for op, err := range map[string]error{
+		"CreateDEK": createErr, "GetDEK": getErr, "ClaimFormat": claimErr,
+		"ConfirmDEK": k.ConfirmDEK(ctx, id, dek.HeaderID{UUID: dek.NewUUID()}),
+		"RewrapDEK":  k.RewrapDEK(ctx, id), "DeleteDEK": k.DeleteDEK(ctx, id),
+	} {
+		mustBe(t, op+" with a cancelled context", err, context.Canceled)
+	}
+	same(t, "after that", get(t, k, id), want)
+}
+
+// racers is how many callers meet in the races.
+const racers = 64
+
+// race runs f concurrently, as many times as there are racers.
+func race(f func(n int)) {
+	var wg sync.WaitGroup
+	start := make(chan struct{})
+	for n := range racers {
+		wg.Go(func() { <-start; f(n) })
+	}
+	close(start)
+	wg.Wait()
+}
+
+func createRace(t *testing.T, k Keys) {
+	got := make([]dek.DEK, racers)
+	race(func(n int) {
+		d, err := k.CreateDEK(t.Context(), id, spec())
+		if err != nil {
+			t.Errorf("CreateDEK: %v", err)
+		}
+		got[n] = d
+	})
+	stored := get(t, k, id)
+	for _, d := range got {
+		if !d.Key.Equal(stored.Key) {
+			t.Error("a racer got another key than the stored one")
+		}
+		d.Key.Wipe()
+	}
+}
+
+func claimRace(t *testing.T, k Keys) {
+	create(t, k, id)
+	won := make([]dek.Claim, racers)
+	race(func(n int) {
+		mine := dek.Claim{Node: fmt.Sprintf("node-%d", n), UUID: dek.NewUUID()}
+		got, err := k.ClaimFormat(t.Context(), id, mine)
+		switch {
+		case err == nil && got == mine:
+			won[n] = mine
+		case !errors.Is(err, errdefs.ErrConflict):
+			t.Errorf("ClaimFormat = %+v, %v", got, err)
+		}
+	})
+	stored, winners := get(t, k, id).Claim, 0
+	for _, c := range won {
+		if c != (dek.Claim{}) {
+			winners++
+			if c != stored {
+				t.Errorf("%+v won, %+v is stored", c, stored)
+			}
+		}
+	}
+	if winners != 1 {
+		t.Errorf("%d racers won the claim", winners)
+	}
+}
+
+func confirmRace(t *testing.T, k Keys) {
+	uuid := format(t, k, id).Header.UUID
+	race(func(n int) {
+		if err := k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: uuid, Sequence: uint64(100 + n)}); err != nil {
+			t.Errorf("ConfirmDEK: %v", err)
+		}
+	})
+	if got, want := get(t, k, id).Header, (dek.HeaderID{UUID: uuid, Sequence: 100 + racers - 1}); got != want {
+		t.Errorf("the floor is %+v, want %+v", got, want)
+	}
+}

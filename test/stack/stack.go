@@ -1,0 +1,239 @@
+// Package stack starts what a node with encrypted volumes runs, as an operator
+// would: loopdriver as the wrapped driver, csi-plugin node in front of it, both
+// as processes of their own, in direct mode with a cluster KEK and a file
+// store. The demo, csi-sanity and the benchmarks stand on it.
+package stack
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// startTime bounds how long a process may take until it serves.
+const startTime = time.Minute
+
+// Config of a Stack.
+type Config struct {
+	Dir        string   // empty directory for sockets, keys, volumes and kubelet's paths
+	Bin        string   // directory of csi-plugin, crypt-worker and loopdriver
+	PluginArgs []string // more flags of csi-plugin node
+	DriverArgs []string // more flags of loopdriver
+}
+
+// Stack is a running pair. Its clients talk to csi-plugin, which forwards the
+// controller's calls.
+type Stack struct {
+	cfg        Config
+	Endpoint   string // of csi-plugin
+	Name       string // of the driver
+	Controller csi.ControllerClient
+	Node       csi.NodeClient
+
+	conn           *grpc.ClientConn
+	driver, plugin *process
+}
+
+// Start starts both and waits until they serve.
+func Start(ctx context.Context, cfg Config) (*Stack, error) {
+	s := &Stack{cfg: cfg, Endpoint: "unix://" + filepath.Join(cfg.Dir, "csi.sock")}
+	if err := s.makeKeys(); err != nil {
+		return nil, err
+	}
+	if err := s.StartDriver(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.StartPlugin(ctx); err != nil {
+		return nil, fmt.Errorf("%w %w", err, s.driver.stop(syscall.SIGKILL))
+	}
+	return s, nil
+}
+
+// Path returns a path below the stack's directory.
+func (s *Stack) Path(elem ...string) string {
+	return filepath.Join(append([]string{s.cfg.Dir}, elem...)...)
+}
+
+// KubeletDir is where staging and target paths lie.
+func (s *Stack) KubeletDir() string { return s.Path("kubelet") }
+
+// StoreDir is where the wrapped DEKs lie.
+func (s *Stack) StoreDir() string { return s.Path("keys") }
+
+// KEK returns the URI of the KEK.
+func (s *Stack) KEK() string {
+	return "cluster://" + s.Path("master-secret") + "?salt-file=" + s.Path("salt")
+}
+
+// Store returns the URI of the store.
+func (s *Stack) Store() string { return "file://" + s.StoreDir() }
+
+func (s *Stack) makeKeys() error {
+	for _, dir := range []string{s.StoreDir(), s.KubeletDir(), s.Path("volumes")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{"master-secret", "salt"} {
+		if _, err := os.Stat(s.Path(name)); err == nil {
+			continue
+		}
+		b := make([]byte, 32)
+		_, _ = rand.Read(b)
+		if err := os.WriteFile(s.Path(name), b, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// StartDriver starts loopdriver.
+func (s *Stack) StartDriver(ctx context.Context) (err error) {
+	endpoint := "unix://" + s.Path("wrapped.sock")
+	s.driver, err = startProcess(filepath.Join(s.cfg.Bin, "loopdriver"), append([]string{
+		"--endpoint=" + endpoint, "--data-dir=" + s.Path("volumes"), "--node-id=node-1",
+	}, s.cfg.DriverArgs...))
+	if err != nil {
+		return err
+	}
+	_, conn, err := s.driver.wait(ctx, endpoint)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// StartPlugin starts csi-plugin, at first or after StopPlugin.
+func (s *Stack) StartPlugin(ctx context.Context) (err error) {
+	s.plugin, err = startProcess(filepath.Join(s.cfg.Bin, "csi-plugin"), append([]string{"node",
+		"--endpoint=" + s.Endpoint, "--wrapped-endpoint=unix://" + s.Path("wrapped.sock"),
+		"--kubelet-dir=" + s.KubeletDir(), "--node-name=node-1",
+		"--kms-uri=" + s.KEK(), "--storage-uri=" + s.Store(), "--create-keys",
+	}, s.cfg.PluginArgs...))
+	if err != nil {
+		return err
+	}
+	s.Name, s.conn, err = s.plugin.wait(ctx, s.Endpoint)
+	if err != nil {
+		return err
+	}
+	s.Controller, s.Node = csi.NewControllerClient(s.conn), csi.NewNodeClient(s.conn)
+	return nil
+}
+
+// StopPlugin ends csi-plugin with a signal and waits for it.
+func (s *Stack) StopPlugin(sig syscall.Signal) error {
+	_ = s.conn.Close()
+	return s.plugin.stop(sig)
+}
+
+// SetPluginArgs changes the flags that the next StartPlugin adds.
+func (s *Stack) SetPluginArgs(args ...string) { s.cfg.PluginArgs = args }
+
+// PluginPID returns csi-plugin's process ID.
+func (s *Stack) PluginPID() int { return s.plugin.cmd.Process.Pid }
+
+// Logs returns what both have logged so far.
+func (s *Stack) Logs() string {
+	return "--- loopdriver\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
+}
+
+// Stop ends both in good order.
+func (s *Stack) Stop() error {
+	if err := s.StopPlugin(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("csi-plugin: %w", err)
+	}
+	if err := s.driver.stop(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("loopdriver: %w", err)
+	}
+	return nil
+}
+
+// process is a program of ours and what it logs.
+type process struct {
+	cmd  *exec.Cmd
+	log  *logBuffer
+	done chan struct{}
+	err  error // after done
+}
+
+func startProcess(path string, args []string) (*process, error) {
+	p := &process{cmd: exec.Command(path, args...), log: &logBuffer{}, done: make(chan struct{})}
+	p.cmd.Stdout, p.cmd.Stderr = p.log, p.log
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// wait returns once the process answers on its socket, with the driver's name.
+func (p *process) wait(ctx context.Context, endpoint string) (string, *grpc.ClientConn, error) {
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+	if err != nil {
+		return "", nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	go func() {
+		select {
+		case <-p.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	info, err := csi.NewIdentityClient(conn).GetPluginInfo(ctx, &csi.GetPluginInfoRequest{}, grpc.WaitForReady(true))
+	if err != nil {
+		_ = conn.Close()
+		return "", nil, fmt.Errorf("%s does not serve: %w\n%s", p.cmd.Path, err, p.log)
+	}
+	return info.GetName(), conn, nil
+}
+
+// stop ends the process; one that does not end in good order is an error,
+// unless it was killed.
+func (p *process) stop(sig syscall.Signal) error {
+	_ = p.cmd.Process.Signal(sig)
+	select {
+	case <-p.done:
+	case <-time.After(startTime):
+		_ = p.cmd.Process.Kill()
+		<-p.done
+		return fmt.Errorf("did not end within %v", startTime)
+	}
+	if sig == syscall.SIGKILL {
+		return nil
+	}
+	return p.err
+}
+
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
