@@ -131,8 +131,8 @@ func request(op Op, v Volume, d dek.DEK) Request {
 }
 
 // run does one operation in a worker, under the volume's lock. The lock is let
-// go when the worker is gone, which for one that hangs in the kernel may be
-// long after run has returned.
+// go when the worker has answered or is gone, which for one that hangs in the
+// kernel may be long after run has returned.
 func (m *Mapper) run(ctx context.Context, req Request, key secret.Bytes) (Reply, error) {
 	name := req.Volume.Name
 	if !m.lock(name) {
@@ -140,12 +140,13 @@ func (m *Mapper) run(ctx context.Context, req Request, key secret.Bytes) (Reply,
 	}
 	req.LockDir = m.opts.LockDir
 	req.Deadline, _ = ctx.Deadline()
-	w, err := m.pool.get()
+	w, done, err := m.pool.get()
 	if err != nil {
 		m.unlock(name)
 		return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "starting a crypt-worker: %w", err)
 	}
 	reply, err := w.do(ctx, req, key, func() { m.unlock(name) })
+	done()
 	if err == nil {
 		err = reply.Err()
 	}

@@ -33,57 +33,71 @@ type pool struct {
 	warm    chan *workerProcess
 	wg      sync.WaitGroup
 
-	mu     sync.Mutex
-	closed bool
+	mu      sync.Mutex
+	closed  bool
+	working int // operations under way
 }
 
 func newPool(command []string, warm int) *pool {
 	p := &pool{command: command, warm: make(chan *workerProcess, warm)}
-	for range warm {
-		p.refill()
-	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refill()
 	return p
 }
 
-// refill starts one more worker in the background. A failure is not reported
-// here: the next get tries again and reports it.
+// refill starts workers in the background until the pool is full. A failure is
+// not reported here: the next get tries again and reports it. p.mu is held.
 func (p *pool) refill() {
-	if cap(p.warm) == 0 {
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed {
-		return
-	}
-	p.wg.Go(func() {
-		w, err := startWorker(p.command)
-		if err != nil {
+	for range cap(p.warm) - len(p.warm) {
+		if p.closed {
 			return
 		}
-		select {
-		case p.warm <- w:
-		default:
-			_ = w.conn.Close()
-		}
-	})
+		p.wg.Go(func() {
+			w, err := startWorker(p.command)
+			if err != nil {
+				return
+			}
+			select {
+			case p.warm <- w:
+			default:
+				_ = w.conn.Close()
+			}
+		})
+	}
 }
 
-// get returns a worker: a warm one if there is one that still lives.
-func (p *pool) get() (*workerProcess, error) {
+// get returns a worker: a warm one if there is one that still lives. done is
+// called when its operation is over.
+func (p *pool) get() (w *workerProcess, done func(), err error) {
+	p.mu.Lock()
+	p.working++
+	p.mu.Unlock()
 	for {
 		select {
-		case w := <-p.warm:
-			p.refill()
+		case w = <-p.warm:
 			select {
 			case <-w.exited:
 				continue
 			default:
-				return w, nil
+				return w, p.done, nil
 			}
 		default:
-			return startWorker(p.command)
+			if w, err = startWorker(p.command); err != nil {
+				p.done()
+			}
+			return w, p.done, err
 		}
+	}
+}
+
+// done counts an operation as over. The pool is filled up only when nothing is
+// under way: starting workers must not take the processor from one that works.
+func (p *pool) done() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.working--; p.working == 0 {
+		p.refill()
 	}
 }
 
@@ -147,9 +161,9 @@ func workerEnv() []string {
 }
 
 // do hands the request over and waits for the answer, or for ctx, in which case
-// the worker is killed. gone is called when the process has ended.
+// the worker is killed. gone is called when it has answered or has ended.
 func (w *workerProcess) do(ctx context.Context, req Request, key secret.Bytes, gone func()) (Reply, error) {
-	defer w.finish(gone)
+	defer func() { _ = w.conn.Close() }()
 	stop := context.AfterFunc(ctx, func() {
 		_ = w.cmd.Process.Kill()
 		_ = w.conn.SetDeadline(time.Unix(1, 0)) // wakes the read below
@@ -162,20 +176,22 @@ func (w *workerProcess) do(ctx context.Context, req Request, key secret.Bytes, g
 		reply, err = readReply(w.conn)
 	}
 	if err == nil {
+		// A worker that has answered holds no lock and only has to exit.
+		gone()
 		return reply, nil
 	}
 	_ = w.cmd.Process.Kill()
+	w.reap(gone)
 	if ctx.Err() != nil {
 		return Reply{}, fmt.Errorf("%s of mapping %s was given up: %w", req.Op, req.Volume.Name, context.Cause(ctx))
 	}
 	return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "the crypt-worker died during %s of mapping %s: %w %s", req.Op, req.Volume.Name, err, w.stderr)
 }
 
-// finish waits for the process to end, so that the next call finds the volume
+// reap waits for a killed process to end, so that the next call finds the volume
 // unlocked, but not for long: a process that hangs in the kernel may stay for
 // ever, and then the volume stays locked with it.
-func (w *workerProcess) finish(gone func()) {
-	_ = w.conn.Close()
+func (w *workerProcess) reap(gone func()) {
 	limit := time.NewTimer(time.Second)
 	defer limit.Stop()
 	select {
