@@ -6,7 +6,7 @@
 // up as Kubernetes events, so they never hold a key, a token or the secret
 // part of a URI.
 //
-// gRPC codes appear in ToGRPC and FromGRPC and nowhere else.
+// gRPC codes appear in package errgrpc and nowhere else.
 package errdefs
 
 import (
@@ -49,3 +49,13 @@ type classified struct {
 
 func (e *classified) Error() string   { return e.err.Error() }
 func (e *classified) Unwrap() []error { return []error{e.class, e.err} }
+
+// Class returns the class that Errorf gave err, the outermost one where several
+// did; nil where none did.
+func Class(err error) error {
+	var c *classified
+	if errors.As(err, &c) {
+		return c.class
+	}
+	return nil
+}

@@ -1,61 +1,13 @@
 package errdefs_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"testing"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
-
-var classes = map[error]codes.Code{
-	errdefs.ErrInvalid:     codes.InvalidArgument,
-	errdefs.ErrNotFound:    codes.NotFound,
-	errdefs.ErrExists:      codes.AlreadyExists,
-	errdefs.ErrDenied:      codes.PermissionDenied,
-	errdefs.ErrConflict:    codes.Aborted,
-	errdefs.ErrState:       codes.FailedPrecondition,
-	errdefs.ErrCorrupt:     codes.DataLoss,
-	errdefs.ErrUnavailable: codes.Unavailable,
-
-	context.Canceled:         codes.Canceled,
-	context.DeadlineExceeded: codes.DeadlineExceeded,
-}
-
-func TestClassesSurviveTheWire(t *testing.T) {
-	for class, code := range classes {
-		sent := fmt.Errorf("volume v-1: %w", errdefs.Errorf(class, "what is wrong with %q", "x"))
-		wire := errdefs.ToGRPC(sent)
-		if got := status.Code(wire); got != code {
-			t.Errorf("ToGRPC(%v) has code %v, want %v", class, got, code)
-		}
-		got := errdefs.FromGRPC(wire)
-		if !errors.Is(got, class) {
-			t.Errorf("FromGRPC(ToGRPC(%v)) = %v, lost its class", class, got)
-		}
-		if got.Error() != sent.Error() {
-			t.Errorf("message %q came back as %q", sent, got)
-		}
-		for other := range classes {
-			if other != class && errors.Is(got, other) {
-				t.Errorf("%v came back as %v too", class, other)
-			}
-		}
-	}
-}
-
-func TestBareClassAndContextErrors(t *testing.T) {
-	for class, code := range classes {
-		if got := status.Code(errdefs.ToGRPC(fmt.Errorf("x: %w", class))); got != code {
-			t.Errorf("ToGRPC(wrapped %v) has code %v, want %v", class, got, code)
-		}
-	}
-}
 
 func TestErrorfKeepsWhatItWraps(t *testing.T) {
 	err := errdefs.Errorf(errdefs.ErrUnavailable, "reading: %w", io.ErrUnexpectedEOF)
@@ -67,29 +19,16 @@ func TestErrorfKeepsWhatItWraps(t *testing.T) {
 	}
 }
 
-func TestAForeignStatusPasses(t *testing.T) {
-	inner := status.Error(codes.ResourceExhausted, "too many volumes")
-	if got := errdefs.ToGRPC(inner); status.Code(got) != codes.ResourceExhausted || status.Convert(got).Message() != "too many volumes" {
-		t.Errorf("bare status became %v", got)
+func TestClassIsTheOutermost(t *testing.T) {
+	inner := errdefs.Errorf(errdefs.ErrState, "inner")
+	outer := fmt.Errorf("x: %w", errdefs.Errorf(errdefs.ErrUnavailable, "outer: %w", inner))
+	if got := errdefs.Class(outer); got != errdefs.ErrUnavailable {
+		t.Errorf("Class = %v", got)
 	}
-	wrapped := errdefs.ToGRPC(fmt.Errorf("wrapped driver: %w", inner))
-	if status.Code(wrapped) != codes.ResourceExhausted {
-		t.Errorf("wrapped status became %v", wrapped)
+	if !errors.Is(outer, errdefs.ErrState) {
+		t.Error("the inner class is gone")
 	}
-	translated := errdefs.ToGRPC(errdefs.Errorf(errdefs.ErrUnavailable, "driver: %w", inner))
-	if status.Code(translated) != codes.Unavailable {
-		t.Errorf("a class put over a status must win, got %v", translated)
-	}
-	if got := errdefs.FromGRPC(inner); status.Code(got) != codes.ResourceExhausted {
-		t.Errorf("FromGRPC changed a code without a class: %v", got)
-	}
-}
-
-func TestNilAndUnknown(t *testing.T) {
-	if errdefs.ToGRPC(nil) != nil || errdefs.FromGRPC(nil) != nil {
-		t.Error("nil must stay nil")
-	}
-	if got := status.Code(errdefs.ToGRPC(io.EOF)); got != codes.Internal {
-		t.Errorf("unclassified error has code %v", got)
+	if got := errdefs.Class(io.EOF); got != nil {
+		t.Errorf("Class of a foreign error = %v", got)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/errdefs/errgrpc"
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest"
 	"github.com/cryptcsi/cryptcsi/secret"
@@ -117,7 +118,7 @@ func TestErrorClasses(t *testing.T) {
 				t.Errorf("%s: came through as %v", tt.name, never)
 			}
 		}
-		if got, want := status.Code(errdefs.ToGRPC(err)), status.Code(errdefs.ToGRPC(tt.want)); got != want {
+		if got, want := status.Code(errgrpc.ToGRPC(err)), status.Code(errgrpc.ToGRPC(tt.want)); got != want {
 			t.Errorf("%s: code %v on the wire, want %v", tt.name, got, want)
 		}
 	}

@@ -110,6 +110,8 @@ func (o *operation) acceptable(dev *device, h *luks2.Header) error {
 	switch {
 	case o.Header.UUID != "" && o.Header.UUID != h.Copy.UUID():
 		return errdefs.Errorf(errdefs.ErrState, "device %s carries header %s of this volume, but header %s was confirmed: an older disk was put in its place", dev.number, h.Copy.UUID(), o.Header.UUID)
+	case o.State == dek.Prepared && o.Claim.UUID != "" && o.Claim.UUID != h.Copy.UUID():
+		return errdefs.Errorf(errdefs.ErrState, "device %s carries header %s of this volume, but the claim is for %s: an earlier try was put in its place", dev.number, h.Copy.UUID(), o.Claim.UUID)
 	case t.Sequence < o.Header.Sequence:
 		return errdefs.Errorf(errdefs.ErrState, "the header on device %s has sequence %d, but %d was confirmed: the disk was rolled back", dev.number, t.Sequence, o.Header.Sequence)
 	case o.State != dek.Prepared && !t.Made:

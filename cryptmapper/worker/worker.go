@@ -30,6 +30,10 @@ func Serve(conn *os.File, step func(string)) error {
 	if err := secret.Harden(); err != nil {
 		return err
 	}
+	l := newLog()
+	if !pending(conn) {
+		warmUp(l)
+	}
 	req, key, err := cryptmapper.ReadRequest(conn)
 	if errors.Is(err, io.EOF) {
 		return nil
@@ -38,12 +42,13 @@ func Serve(conn *os.File, step func(string)) error {
 		return fmt.Errorf("reading the request: %w", err)
 	}
 	defer key.Wipe()
+	*l = log{}
 	go exitWhenClosed(conn)
 	if step == nil {
 		step = func(string) {}
 	}
 	var reply cryptmapper.Reply
-	o := &operation{Request: req, key: key, step: step, log: newLog()}
+	o := &operation{Request: req, key: key, step: step, log: l}
 	if err := o.run(&reply); err != nil {
 		reply.SetError(err)
 	}

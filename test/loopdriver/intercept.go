@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/errdefs/errgrpc"
 )
 
 // intercept is what every RPC passes: injected faults, locks, one log line,
@@ -32,7 +33,7 @@ func (d *Driver) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		attrs = append(attrs, slog.Any("error", err))
 	}
 	d.cfg.Log.LogAttrs(ctx, level, method, attrs...)
-	return resp, errdefs.ToGRPC(err)
+	return resp, errgrpc.ToGRPC(err)
 }
 
 // quiet tells the methods that COs call all the time.

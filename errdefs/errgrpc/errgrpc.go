@@ -1,4 +1,7 @@
-package errdefs
+// Package errgrpc translates errors of errdefs' classes into gRPC statuses and
+// back. It is the only place where classes and codes meet, and a package of its
+// own so that a program without gRPC (crypt-worker) does not pay for it.
+package errgrpc
 
 import (
 	"context"
@@ -6,22 +9,24 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
-// grpcCodes pairs each class with its gRPC code, in the order in which ToGRPC
+// codesOf pairs each class with its gRPC code, in the order in which ToGRPC
 // looks: where an error belongs to several classes the first one counts.
-var grpcCodes = []struct {
+var codesOf = []struct {
 	class error
 	code  codes.Code
 }{
-	{ErrInvalid, codes.InvalidArgument},
-	{ErrNotFound, codes.NotFound},
-	{ErrExists, codes.AlreadyExists},
-	{ErrDenied, codes.PermissionDenied},
-	{ErrConflict, codes.Aborted},
-	{ErrState, codes.FailedPrecondition},
-	{ErrCorrupt, codes.DataLoss},
-	{ErrUnavailable, codes.Unavailable},
+	{errdefs.ErrInvalid, codes.InvalidArgument},
+	{errdefs.ErrNotFound, codes.NotFound},
+	{errdefs.ErrExists, codes.AlreadyExists},
+	{errdefs.ErrDenied, codes.PermissionDenied},
+	{errdefs.ErrConflict, codes.Aborted},
+	{errdefs.ErrState, codes.FailedPrecondition},
+	{errdefs.ErrCorrupt, codes.DataLoss},
+	{errdefs.ErrUnavailable, codes.Unavailable},
 	{context.Canceled, codes.Canceled},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
 }
@@ -36,10 +41,9 @@ func ToGRPC(err error) error {
 	}
 	// A class of ours wins over a status further down the chain: whoever put
 	// the class there had looked at the status.
-	var c *classified
-	if errors.As(err, &c) {
-		for _, e := range grpcCodes {
-			if c.class == e.class {
+	if class := errdefs.Class(err); class != nil {
+		for _, e := range codesOf {
+			if class == e.class {
 				return status.Error(e.code, err.Error())
 			}
 		}
@@ -52,7 +56,7 @@ func ToGRPC(err error) error {
 		}
 		return status.Error(st.GRPCStatus().Code(), msg)
 	}
-	for _, e := range grpcCodes {
+	for _, e := range codesOf {
 		if errors.Is(err, e.class) {
 			return status.Error(e.code, err.Error())
 		}
@@ -70,9 +74,9 @@ func FromGRPC(err error) error {
 	if !ok {
 		return err
 	}
-	for _, e := range grpcCodes {
+	for _, e := range codesOf {
 		if st.Code() == e.code {
-			return &classified{class: e.class, err: errors.New(st.Message())}
+			return errdefs.Errorf(e.class, "%s", st.Message())
 		}
 	}
 	return err

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// A command line that cannot work ends with words and a code of its own.
+func TestCommandLines(t *testing.T) {
+	dir := t.TempDir()
+	uri := filepath.Join(dir, "uri")
+	if err := os.WriteFile(uri, []byte("cluster:///x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		args string
+		code int
+		says string
+	}{
+		{"", 2, "csi-plugin node"},
+		{"help", 0, "csi-plugin node"},
+		{"--help", 0, "csi-plugin inspect"},
+		{"nod", 2, `unknown verb "nod"`},
+		{"version extra", 2, `unexpected argument "extra"`},
+		{"node --help", 0, "-wrapped-endpoint"},
+		{"inspect --help", 0, "-kubelet-dir"},
+		{"node --bogus", 2, "bogus"},
+		{"node", 2, "--kms-uri"},
+		{"node --kms-uri=cluster:///x", 2, "--storage-uri"},
+		{"node --kms-uri=cluster:///x --kms-uri-file=" + uri, 2, "exclude each other"},
+		{"node --kms-uri-file=/nowhere", 1, "--kms-uri-file"},
+		{"node --kms-uri-file=" + uri + " --storage-uri=mem://", 2, "--wrapped-endpoint is required"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=tcp:1", 2, "must be a unix socket"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --endpoint=unix:///a", 2, "same socket"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --warm-workers=-1", 2, "--warm-workers"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --logging-format=xml", 2, "--logging-format"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --crypt-worker=/nowhere", 1, "crypt-worker /nowhere does not run"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --crypt-worker=/bin/true", 1, "is no version"},
+	} {
+		var out bytes.Buffer
+		code := run(context.Background(), strings.Fields(tt.args), &out, &out)
+		if code != tt.code || !strings.Contains(out.String(), tt.says) {
+			t.Errorf("csi-plugin %s: exit code %d, want %d; it should say %q:\n%s", tt.args, code, tt.code, tt.says, &out)
+		}
+	}
+}
+
+// A worker of another build speaks another protocol.
+func TestWorkerOfAnotherBuild(t *testing.T) {
+	worker := filepath.Join(t.TempDir(), "crypt-worker")
+	answer := func(text string) {
+		if err := os.WriteFile(worker, []byte("#!/bin/sh\necho '"+text+"'\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	answer("crypt-worker " + version + ", commit " + commit + ", libcryptsetup 2.6.1")
+	if library, err := libcryptsetup(t.Context(), worker); err != nil || library != "2.6.1" {
+		t.Errorf("libcryptsetup = %q, %v", library, err)
+	}
+	answer("crypt-worker v0.0.1, commit " + commit + ", libcryptsetup 2.6.1")
+	if _, err := libcryptsetup(t.Context(), worker); err == nil || !strings.Contains(err.Error(), "install both from one build") {
+		t.Errorf("a worker of another version: %v", err)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	var out bytes.Buffer
+	if code := run(t.Context(), []string{"--version"}, &out, &out); code != 0 {
+		t.Fatalf("exit code %d: %s", code, &out)
+	}
+	for _, want := range []string{"csi-plugin " + version, "commit " + commit, "libcryptsetup ", "KMS: cluster"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("version has no %q: %s", want, &out)
+		}
+	}
+}

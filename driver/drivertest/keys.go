@@ -1,0 +1,156 @@
+package drivertest
+
+import (
+	"context"
+	"crypto/rand"
+	"sync"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// Keys is a key side in memory: driver.Keys and driver.Creator.
+type Keys struct {
+	mu      sync.Mutex
+	records map[dek.ID]*dek.DEK
+	given   []secret.Bytes
+}
+
+var (
+	_ driver.Keys    = (*Keys)(nil)
+	_ driver.Creator = (*Keys)(nil)
+)
+
+// NewKeys returns a key side without records.
+func NewKeys() *Keys { return &Keys{records: map[dek.ID]*dek.DEK{}} }
+
+// NewDEK returns a DEK as it is after CreateDEK.
+func NewDEK(id dek.ID, spec dek.Spec) dek.DEK {
+	raw := make([]byte, dek.Size)
+	_, _ = rand.Read(raw)
+	return dek.DEK{ID: id, State: dek.Prepared, Spec: spec, Key: secret.Take(raw)}
+}
+
+// Record returns what is recorded of id, without the key.
+func (k *Keys) Record(id dek.ID) (dek.DEK, bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r, ok := k.records[id]
+	if !ok {
+		return dek.DEK{}, false
+	}
+	d := *r
+	d.Key = secret.Bytes{}
+	return d, true
+}
+
+// Lose removes a record.
+func (k *Keys) Lose(id dek.ID) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.records, id)
+}
+
+// Seize makes another node the one that formats.
+func (k *Keys) Seize(id dek.ID, claim dek.Claim) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.records[id].Claim = claim
+}
+
+// CreateDEK is driver.Creator's.
+func (k *Keys) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return dek.DEK{}, err
+	}
+	r := k.records[id]
+	if r == nil {
+		d := NewDEK(id, spec)
+		r = &d
+		k.records[id] = r
+	}
+	if r.Spec != spec {
+		return dek.DEK{}, errdefs.Errorf(errdefs.ErrExists, "%s exists with another spec", id)
+	}
+	return k.copyOf(r), nil
+}
+
+func (k *Keys) copyOf(r *dek.DEK) dek.DEK {
+	d := *r
+	d.Key = r.Key.Clone()
+	k.given = append(k.given, d.Key)
+	return d
+}
+
+// Unwiped counts the keys that were given out and not wiped.
+func (k *Keys) Unwiped() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	n := 0
+	for _, key := range k.given {
+		if key.Len() > 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// GetDEK is driver.Keys'.
+func (k *Keys) GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r, err := k.get(ctx, id)
+	if err != nil {
+		return dek.DEK{}, err
+	}
+	return k.copyOf(r), nil
+}
+
+func (k *Keys) get(ctx context.Context, id dek.ID) (*dek.DEK, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	r, ok := k.records[id]
+	if !ok {
+		return nil, errdefs.Errorf(errdefs.ErrNotFound, "there is no DEK %s", id)
+	}
+	return r, nil
+}
+
+// ClaimFormat is driver.Keys'.
+func (k *Keys) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r, err := k.get(ctx, id)
+	switch {
+	case err != nil:
+		return dek.Claim{}, err
+	case r.State != dek.Prepared:
+		return dek.Claim{}, errdefs.Errorf(errdefs.ErrState, "%s is %s already", id, r.State)
+	case r.Claim == dek.Claim{}:
+		r.Claim = claim
+	case r.Claim.Node != claim.Node:
+		return dek.Claim{}, errdefs.Errorf(errdefs.ErrConflict, "node %s is formatting %s", r.Claim.Node, id)
+	}
+	return r.Claim, nil
+}
+
+// ConfirmDEK is driver.Keys'.
+func (k *Keys) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r, err := k.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	if r.Header.UUID != "" && r.Header.UUID != h.UUID {
+		return errdefs.Errorf(errdefs.ErrState, "%s has header %s, not %s", id, r.Header.UUID, h.UUID)
+	}
+	r.State = dek.Formatted
+	r.Header = dek.HeaderID{UUID: h.UUID, Sequence: max(r.Header.Sequence, h.Sequence)}
+	return nil
+}

@@ -1,0 +1,273 @@
+package drivertest
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// Mapper is a driver.Mapper on a Kernel. It has no state of its own: another
+// one on the same Kernel goes on where it stopped.
+type Mapper struct{ Kernel *Kernel }
+
+var _ driver.Mapper = Mapper{}
+
+// header is what a formatted disk of this machine begins with. The MAC binds
+// it to the DEK.
+type header struct {
+	ID       dek.ID
+	UUID     string
+	Sequence uint64
+	Made     bool
+	Size     int64
+	Spec     dek.Spec
+	MAC      []byte
+}
+
+// Where the header and the data lie.
+const (
+	headerMagic  = "fakeluks:"
+	headerLength = 64 << 10
+	dataOffset   = 16 << 20
+	endLength    = 1 << 20
+)
+
+func (h header) sum(key dek.DEK) []byte {
+	h.MAC = nil
+	text, _ := json.Marshal(h)
+	mac := hmac.New(sha256.New, key.Key.Expose())
+	mac.Write(text)
+	return mac.Sum(nil)
+}
+
+func (h header) id() dek.HeaderID { return dek.HeaderID{UUID: h.UUID, Sequence: h.Sequence} }
+
+// readHeader returns the header on a disk: found tells whether there is
+// anything that looks like one.
+func (d *disk) readHeader() (h header, found bool) {
+	buf := make([]byte, headerLength)
+	d.readAt(buf, 0)
+	text, ok := strings.CutPrefix(string(bytes.TrimRight(buf, "\x00")), headerMagic)
+	if !ok {
+		return header{}, false
+	}
+	if json.Unmarshal([]byte(text), &h) != nil {
+		return header{}, true
+	}
+	return h, true
+}
+
+func (d *disk) writeHeader(h header, key dek.DEK) {
+	h.MAC = h.sum(key)
+	text, _ := json.Marshal(h)
+	buf := make([]byte, headerLength)
+	copy(buf, headerMagic+string(text))
+	d.writeAt(buf, 0)
+}
+
+func (d *disk) made() bool {
+	h, _ := d.readHeader()
+	return h.Made
+}
+
+// Open is driver.Mapper's.
+func (m Mapper) Open(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	k := m.Kernel
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	disk, err := k.rawDisk(ctx, v.Device)
+	if err != nil {
+		return driver.Mapping{}, err
+	}
+	h, err := disk.open(v, d)
+	if err != nil {
+		return driver.Mapping{}, err
+	}
+	t, err := k.activate(v, disk, h)
+	if err != nil {
+		return driver.Mapping{}, err
+	}
+	if !h.Made {
+		if k.users(t.Number) > 0 {
+			return driver.Mapping{}, errdefs.Errorf(errdefs.ErrUnavailable, "the new mapping %s is in use", v.Name)
+		}
+		disk.zero(dataOffset, endLength)
+		disk.zero(dataOffset+t.Size-endLength, endLength)
+	}
+	return describe(t, h), nil
+}
+
+func (k *Kernel) rawDisk(ctx context.Context, path string) (*disk, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	number, err := k.resolve(path)
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	d, ok := k.disks[number]
+	if !ok {
+		return nil, errdefs.Errorf(errdefs.ErrState, "%s is not a disk", path)
+	}
+	return d, nil
+}
+
+func describe(t *table, h header) driver.Mapping {
+	m := t.Mapping
+	m.Made, m.Header = h.Made, h.id()
+	return m
+}
+
+// open returns the disk's header, made now where that is allowed.
+func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
+	refuse := func(format string, args ...any) (header, error) {
+		return header{}, errdefs.Errorf(errdefs.ErrState, format, args...)
+	}
+	h, found := d.readHeader()
+	verified := found && hmac.Equal(h.MAC, h.sum(key)) && h.ID == key.ID
+	switch {
+	case verified && h.Spec != key.Spec:
+		return refuse("the header says %+v, the record %+v", h.Spec, key.Spec)
+	case verified && key.Header.UUID != "" && key.Header.UUID != h.UUID, verified && h.Sequence < key.Header.Sequence:
+		return refuse("the header %s/%d is not the one that was confirmed", h.UUID, h.Sequence)
+	case verified && !h.Made && key.State != dek.Prepared:
+		return refuse("the record says that the volume was finished, the header says that it was not")
+	case verified && !h.Made && v.ReadOnly:
+		return refuse("never finished, and read-only")
+	case verified && (h.Made || h.UUID == key.Claim.UUID):
+		return h, nil
+	case found && h.UUID != key.Claim.UUID, found && verified:
+		return refuse("a header that is not ours")
+	case key.State != dek.Prepared || v.ReadOnly || key.Claim.UUID == "":
+		return refuse("not to be formatted (state %s, claim %+v)", key.State, key.Claim)
+	}
+	if found { // our own remains
+		d.zero(0, dataOffset)
+	}
+	if !d.blank() {
+		return refuse("foreign data")
+	}
+	h = header{ID: key.ID, UUID: key.Claim.UUID, Sequence: 1, Size: d.size - dataOffset, Spec: key.Spec}
+	d.writeHeader(h, key)
+	return h, nil
+}
+
+// activate returns the mapping of that name, made now if there is none.
+func (k *Kernel) activate(v driver.Volume, d *disk, h header) (*table, error) {
+	if t := k.tables[v.Name]; t != nil {
+		switch {
+		case t.disk == d && t.ReadOnly == v.ReadOnly:
+			return t, nil
+		case k.users(t.Number) > 0 || t.disk == d:
+			return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is there already, on device %s", v.Name, t.Backing)
+		}
+		k.drop(t) // its device is gone, and nobody uses it
+	}
+	k.count++
+	t := &table{disk: d, offset: dataOffset, Mapping: driver.Mapping{
+		Name: v.Name, Path: "/dev/mapper/" + v.Name, Number: fmt.Sprintf("254:%d", k.count), Backing: d.number,
+		Size: h.Size, ReadOnly: v.ReadOnly, Cipher: h.Spec.Cipher, Integrity: h.Spec.Integrity,
+	}}
+	k.tables[t.Name], k.nodes[t.Path] = t, t.Number
+	return t, nil
+}
+
+func (k *Kernel) drop(t *table) {
+	delete(k.tables, t.Name)
+	delete(k.nodes, t.Path)
+}
+
+// MarkMade is driver.Mapper's.
+func (m Mapper) MarkMade(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	return m.update(ctx, v, d, func(_ *table, h *header) error {
+		if !h.Made {
+			h.Made = true
+			h.Sequence++
+		}
+		return nil
+	})
+}
+
+// Resize is driver.Mapper's.
+func (m Mapper) Resize(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	return m.update(ctx, v, d, func(t *table, h *header) error {
+		if h.Spec.Integrity != dek.IntegrityNone {
+			return errdefs.Errorf(errdefs.ErrInvalid, "a volume with integrity does not grow")
+		}
+		if size := t.disk.size - dataOffset; size > h.Size {
+			h.Size = size
+			h.Sequence++
+		}
+		t.Size = h.Size
+		return nil
+	})
+}
+
+func (m Mapper) update(ctx context.Context, v driver.Volume, d dek.DEK, do func(*table, *header) error) (driver.Mapping, error) {
+	k := m.Kernel
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	disk, err := k.rawDisk(ctx, v.Device)
+	if err != nil {
+		return driver.Mapping{}, err
+	}
+	t := k.tables[v.Name]
+	if t == nil || t.disk != disk {
+		return driver.Mapping{}, errdefs.Errorf(errdefs.ErrState, "mapping %s is not open on this device", v.Name)
+	}
+	h, _ := disk.readHeader()
+	if !hmac.Equal(h.MAC, h.sum(d)) {
+		return driver.Mapping{}, errdefs.Errorf(errdefs.ErrState, "the header does not verify")
+	}
+	before := h.id()
+	if err := do(t, &h); err != nil {
+		return driver.Mapping{}, err
+	}
+	if h.id() != before {
+		disk.writeHeader(h, d)
+	}
+	return describe(t, h), nil
+}
+
+// Close is driver.Mapper's.
+func (m Mapper) Close(ctx context.Context, name string) error {
+	k := m.Kernel
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	t := k.tables[name]
+	if t == nil {
+		return nil
+	}
+	if k.users(t.Number) > 0 {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "mapping %s is in use", name)
+	}
+	k.drop(t)
+	return nil
+}
+
+// List is driver.Mapper's.
+func (m Mapper) List() ([]driver.Mapping, error) {
+	k := m.Kernel
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var all []driver.Mapping
+	for name, t := range k.tables {
+		if strings.HasPrefix(name, driver.MappingPrefix) {
+			all = append(all, t.Mapping)
+		}
+	}
+	slices.SortFunc(all, func(a, b driver.Mapping) int { return strings.Compare(a.Name, b.Name) })
+	return all, nil
+}

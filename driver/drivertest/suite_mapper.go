@@ -1,0 +1,453 @@
+package drivertest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// MapperHarness is what RunMapper needs of a machine.
+type MapperHarness struct {
+	Mapper driver.Mapper
+	Specs  []dek.Spec // to run everything with
+	// NewDevice returns the path of a block device that reads as zeros.
+	NewDevice func(t *testing.T, size int64) string
+	// Number returns the "major:minor" of a device.
+	Number func(t *testing.T, device string) string
+	// Grow enlarges a device, and the kernel knows of it.
+	Grow func(t *testing.T, device string, size int64)
+	// ReadAt and WriteAt go to the device itself, past every cache.
+	ReadAt  func(t *testing.T, path string, p []byte, off int64)
+	WriteAt func(t *testing.T, path string, p []byte, off int64)
+	// CannotWrite tells whether a write to the device fails.
+	CannotWrite func(t *testing.T, path string) bool
+	// Hold opens a device until release is called.
+	Hold func(t *testing.T, path string) (release func())
+}
+
+// suiteSize is the size of the devices; they grow by half.
+const suiteSize = 64 << 20
+
+// mapperTest is one test with one volume.
+type mapperTest struct {
+	*testing.T
+	MapperHarness
+	device string
+	v      driver.Volume
+	key    dek.DEK
+}
+
+// RunMapper checks that a Mapper keeps the promises of the interface's comments.
+func RunMapper(t *testing.T, h MapperHarness) {
+	tests := []struct {
+		name string
+		run  func(*mapperTest)
+	}{
+		{"a new volume", testNewVolume},
+		{"a finished volume is never formatted", testFinishedVolume},
+		{"finished, and the record does not know", testMadeButPrepared},
+		{"interrupted before it was finished", testInterrupted},
+		{"no claim", testNoClaim},
+		{"another claim", testOtherClaim},
+		{"foreign data", testForeignData},
+		{"blanked", testBlanked},
+		{"the wrong key", testWrongKey},
+		{"rolled back", testRolledBack},
+		{"another spec", testOtherSpec},
+		{"another device under the same name", testOtherDevice},
+		{"read-only", testReadOnly},
+		{"closing", testClosing},
+		{"growing", testGrowing},
+		{"a cancelled call", testCancelled},
+		{"calls at the same time", testConcurrent},
+	}
+	for _, spec := range h.Specs {
+		name := "integrity " + string(spec.Integrity)
+		if spec.Integrity == dek.IntegrityNone {
+			name = "no integrity"
+		}
+		t.Run(name, func(t *testing.T) {
+			for _, tt := range tests {
+				t.Run(tt.name, func(t *testing.T) { tt.run(newMapperTest(t, h, spec)) })
+			}
+		})
+	}
+}
+
+func newMapperTest(t *testing.T, h MapperHarness, spec dek.Spec) *mapperTest {
+	m := &mapperTest{T: t, MapperHarness: h, device: h.NewDevice(t, suiteSize)}
+	m.v = driver.Volume{Name: driver.MappingName("suite.example", t.Name()), Device: m.device}
+	m.key = NewDEK(dek.ID("suite.example/"+m.v.Name), spec)
+	m.key.Claim = dek.Claim{Node: "suite", UUID: dek.NewUUID()}
+	t.Cleanup(func() {
+		if err := h.Mapper.Close(context.Background(), m.v.Name); err != nil {
+			t.Errorf("closing at the end: %v", err)
+		}
+		m.key.Key.Wipe()
+	})
+	return m
+}
+
+func (m *mapperTest) open() driver.Mapping {
+	m.Helper()
+	got, err := m.Mapper.Open(m.Context(), m.v, m.key)
+	if err != nil {
+		m.Fatalf("Open: %v", err)
+	}
+	return got
+}
+
+func (m *mapperTest) markMade() driver.Mapping {
+	m.Helper()
+	got, err := m.Mapper.MarkMade(m.Context(), m.v, m.key)
+	if err != nil {
+		m.Fatalf("MarkMade: %v", err)
+	}
+	return got
+}
+
+func (m *mapperTest) close() {
+	m.Helper()
+	if err := m.Mapper.Close(m.Context(), m.v.Name); err != nil {
+		m.Fatalf("Close: %v", err)
+	}
+}
+
+// refused expects an error of one of the classes, and no mapping.
+func (m *mapperTest) refused(what string, v driver.Volume, key dek.DEK, classes ...error) {
+	m.Helper()
+	_, err := m.Mapper.Open(m.Context(), v, key)
+	if err == nil {
+		m.Fatalf("%s: opened", what)
+	}
+	if !slices.ContainsFunc(classes, func(c error) bool { return errors.Is(err, c) }) {
+		m.Errorf("%s: %v, which is none of %v", what, err, classes)
+	}
+	if _, open := m.listed(v.Name); open {
+		m.Errorf("%s: there is a mapping", what)
+	}
+}
+
+func (m *mapperTest) listed(name string) (driver.Mapping, bool) {
+	m.Helper()
+	all, err := m.Mapper.List()
+	if err != nil {
+		m.Fatalf("List: %v", err)
+	}
+	i := slices.IndexFunc(all, func(x driver.Mapping) bool { return x.Name == name })
+	if i < 0 {
+		return driver.Mapping{}, false
+	}
+	return all[i], true
+}
+
+// finish makes the volume a finished one with data, confirms it, and closes it.
+func (m *mapperTest) finish() driver.Mapping {
+	m.Helper()
+	path := m.open().Path
+	m.WriteAt(m.T, path, pattern(), 1<<20)
+	made := m.markMade()
+	m.close()
+	m.key.State, m.key.Header = dek.Formatted, made.Header
+	return made
+}
+
+// pattern is a sector's worth of data.
+func pattern() []byte { return bytes.Repeat([]byte("0123456789abcdef"), 256) }
+
+func (m *mapperTest) hasData(path string) {
+	m.Helper()
+	got := make([]byte, len(pattern()))
+	m.ReadAt(m.T, path, got, 1<<20)
+	if !bytes.Equal(got, pattern()) {
+		m.Errorf("the data are %.20q…", got)
+	}
+}
+
+// zeros tells whether n bytes at off are zeros.
+func (m *mapperTest) zeros(path string, n, off int64) bool {
+	m.Helper()
+	got := make([]byte, n)
+	m.ReadAt(m.T, path, got, off)
+	return bytes.Equal(got, make([]byte, n))
+}
+
+func testNewVolume(m *mapperTest) {
+	first := m.open()
+	if first.Name != m.v.Name || first.Backing != m.Number(m.T, m.device) || first.Number != m.Number(m.T, first.Path) ||
+		first.Made || first.ReadOnly || first.Suspended || first.Integrity != m.key.Spec.Integrity || first.Header.UUID != m.key.Claim.UUID {
+		m.Errorf("opened %+v for %+v", first, m.key.Claim)
+	}
+	if first.Size < suiteSize/2 || first.Size > suiteSize-16<<20 {
+		m.Errorf("%d bytes of %d are usable", first.Size, suiteSize)
+	}
+	const mib = 1 << 20
+	if !m.zeros(first.Path, mib, 0) || !m.zeros(first.Path, mib, first.Size-mib) {
+		m.Error("the ends of a new volume are not zeros")
+	}
+	m.WriteAt(m.T, first.Path, pattern(), 0)
+	m.WriteAt(m.T, first.Path, pattern(), first.Size-4096)
+	again := m.open()
+	if again.Number != first.Number || again.Made {
+		m.Errorf("opened again: %+v, before: %+v", again, first)
+	}
+	if !m.zeros(first.Path, mib, 0) || !m.zeros(first.Path, mib, first.Size-mib) {
+		m.Error("the ends of an unfinished volume are not zeros after Open")
+	}
+	listed, _ := m.listed(m.v.Name)
+	again.Made, again.Header = false, dek.HeaderID{} // List reads no header
+	if diff := cmp.Diff(again, listed); diff != "" {
+		m.Errorf("List differs from Open: %s", diff)
+	}
+	made := m.markMade()
+	if !made.Made || made.Header.UUID != first.Header.UUID || made.Header.Sequence <= first.Header.Sequence {
+		m.Errorf("MarkMade: %+v after %+v", made, first)
+	}
+	if twice := m.markMade(); twice.Header != made.Header {
+		m.Errorf("MarkMade again: %+v after %+v", twice, made)
+	}
+}
+
+func testFinishedVolume(m *mapperTest) {
+	made := m.finish()
+	got := m.open()
+	if !got.Made || got.Header != made.Header {
+		m.Errorf("opened %+v, was %+v", got, made)
+	}
+	m.hasData(got.Path)
+	if again := m.open(); again.Number != got.Number {
+		m.Errorf("opened again: %+v", again)
+	}
+	m.hasData(got.Path)
+}
+
+func testMadeButPrepared(m *mapperTest) {
+	m.finish()
+	m.key.State, m.key.Header = dek.Prepared, dek.HeaderID{}
+	got := m.open()
+	if !got.Made {
+		m.Errorf("opened %+v", got)
+	}
+	m.hasData(got.Path)
+}
+
+func testInterrupted(m *mapperTest) {
+	m.open()
+	m.close()
+	got := m.open()
+	if got.Made || got.Header.UUID != m.key.Claim.UUID {
+		m.Errorf("opened %+v", got)
+	}
+	m.close()
+	formatted := m.key
+	formatted.State, formatted.Header = dek.Formatted, got.Header
+	m.refused("not finished, and the record says it is", m.v, formatted, errdefs.ErrState)
+}
+
+func testNoClaim(m *mapperTest) {
+	key := m.key
+	key.Claim = dek.Claim{}
+	m.refused("formatting without a claim", m.v, key, errdefs.ErrState, errdefs.ErrInvalid)
+	if !m.zeros(m.device, 1<<20, 0) {
+		m.Error("something was written")
+	}
+}
+
+func testOtherClaim(m *mapperTest) {
+	m.open()
+	m.close()
+	key := m.key
+	key.Claim = dek.Claim{Node: "suite", UUID: dek.NewUUID()}
+	m.refused("the remains of another claim", m.v, key, errdefs.ErrState)
+}
+
+func testForeignData(m *mapperTest) {
+	// What any of mkfs, a partition table or an old volume leaves: something
+	// that tools recognise, at either end.
+	mbr := make([]byte, 4096)
+	mbr[510], mbr[511] = 0x55, 0xAA
+	ext := make([]byte, 4096)
+	copy(ext[1024+0x38:], []byte{0x53, 0xEF})
+	for _, sector := range [][]byte{mbr, ext, []byte("LUKS\xba\xbe\x00\x01" + string(make([]byte, 4088)))} {
+		device := m.NewDevice(m.T, suiteSize)
+		m.WriteAt(m.T, device, sector, 0)
+		v := m.v
+		v.Device = device
+		m.refused("foreign data", v, m.key, errdefs.ErrState)
+		got := make([]byte, len(sector))
+		m.ReadAt(m.T, device, got, 0)
+		if !bytes.Equal(got, sector) {
+			m.Error("foreign data were overwritten")
+		}
+	}
+}
+
+func testBlanked(m *mapperTest) {
+	m.finish()
+	v := m.v
+	v.Device = m.NewDevice(m.T, suiteSize)
+	m.refused("a blank disk in place of a formatted one", v, m.key, errdefs.ErrState)
+	if !m.zeros(v.Device, 17<<20, 0) {
+		m.Error("something was written")
+	}
+}
+
+func testWrongKey(m *mapperTest) {
+	m.finish()
+	wrong := NewDEK(m.key.ID, m.key.Spec)
+	defer wrong.Key.Wipe()
+	wrong.Claim, wrong.State, wrong.Header = m.key.Claim, m.key.State, m.key.Header
+	m.refused("the wrong key", m.v, wrong, errdefs.ErrState, errdefs.ErrDenied)
+	wrong.State, wrong.Header = dek.Prepared, dek.HeaderID{}
+	wrong.Claim.UUID = dek.NewUUID()
+	m.refused("the wrong key of a new volume", m.v, wrong, errdefs.ErrState, errdefs.ErrDenied)
+	m.hasData(m.open().Path)
+}
+
+func testRolledBack(m *mapperTest) {
+	m.finish()
+	key := m.key
+	key.Header.Sequence++
+	m.refused("a header below the floor", m.v, key, errdefs.ErrState)
+	key.Header = dek.HeaderID{UUID: dek.NewUUID(), Sequence: 1}
+	m.refused("another header", m.v, key, errdefs.ErrState)
+}
+
+func testOtherSpec(m *mapperTest) {
+	m.finish()
+	key := m.key
+	key.Spec.Integrity = dek.IntegrityHMAC
+	if m.key.Spec.Integrity == dek.IntegrityHMAC {
+		key.Spec.Integrity = dek.IntegrityNone
+	}
+	m.refused("a header with another spec", m.v, key, errdefs.ErrState)
+}
+
+func testOtherDevice(m *mapperTest) {
+	m.finish()
+	release := m.Hold(m.T, m.open().Path)
+	other := newMapperTest(m.T, m.MapperHarness, m.key.Spec)
+	v := m.v
+	v.Device = other.device
+	if _, err := m.Mapper.Open(m.Context(), v, other.key); !errors.Is(err, errdefs.ErrState) {
+		m.Errorf("a mapping that is in use was taken for one on another device: %v", err)
+	}
+	if got, _ := m.listed(m.v.Name); got.Backing != m.Number(m.T, m.device) {
+		m.Errorf("the mapping is on %s now", got.Backing)
+	}
+	release()
+}
+
+func testReadOnly(m *mapperTest) {
+	v := m.v
+	v.ReadOnly = true
+	m.refused("formatting read-only", v, m.key, errdefs.ErrState)
+	m.finish()
+	got, err := m.Mapper.Open(m.Context(), v, m.key)
+	if err != nil {
+		m.Fatal(err)
+	}
+	if !got.ReadOnly || !got.Made {
+		m.Errorf("opened %+v", got)
+	}
+	m.hasData(got.Path)
+	if !m.CannotWrite(m.T, got.Path) {
+		m.Error("a read-only mapping was written to")
+	}
+	if _, err := m.Mapper.Open(m.Context(), m.v, m.key); !errors.Is(err, errdefs.ErrState) {
+		m.Errorf("a read-only mapping was taken for a writable one: %v", err)
+	}
+}
+
+func testClosing(m *mapperTest) {
+	m.close() // nothing there
+	path := m.open().Path
+	m.markMade()
+	release := m.Hold(m.T, path)
+	if err := m.Mapper.Close(m.Context(), m.v.Name); !errors.Is(err, errdefs.ErrUnavailable) {
+		m.Errorf("closing what is in use: %v", err)
+	}
+	if _, open := m.listed(m.v.Name); !open {
+		m.Error("the mapping is gone under its user")
+	}
+	release()
+	m.close()
+	if _, open := m.listed(m.v.Name); open {
+		m.Error("closed, and still listed")
+	}
+	m.close()
+}
+
+func testGrowing(m *mapperTest) {
+	m.finish()
+	before := m.open()
+	resize := func() (driver.Mapping, error) { return m.Mapper.Resize(m.Context(), m.v, m.key) }
+	m.Grow(m.T, m.device, suiteSize*3/2)
+	got, err := resize()
+	if m.key.Spec.Integrity != dek.IntegrityNone && errors.Is(err, errdefs.ErrInvalid) {
+		return // it may say no
+	}
+	if err != nil {
+		m.Fatal(err)
+	}
+	if got.Size != before.Size+suiteSize/2 || got.Number != before.Number || !got.Made || got.Header.Sequence <= before.Header.Sequence {
+		m.Errorf("grew to %+v, was %+v", got, before)
+	}
+	m.hasData(got.Path)
+	m.WriteAt(m.T, got.Path, pattern(), got.Size-4096)
+	if again, err := resize(); err != nil || again.Header != got.Header || again.Size != got.Size {
+		m.Errorf("growing again: %+v, %v", again, err)
+	}
+	m.close()
+	if reopened := m.open(); reopened.Size != got.Size {
+		m.Errorf("reopened with %d bytes, had %d", reopened.Size, got.Size)
+	}
+}
+
+func testCancelled(m *mapperTest) {
+	ctx, cancel := context.WithCancel(m.Context())
+	cancel()
+	_, err := m.Mapper.Open(ctx, m.v, m.key)
+	if !errors.Is(err, context.Canceled) && !errors.Is(err, errdefs.ErrUnavailable) {
+		m.Errorf("a cancelled Open: %v", err)
+	}
+	m.finish()
+	m.hasData(m.open().Path)
+}
+
+func testConcurrent(m *mapperTest) {
+	others := make([]*mapperTest, 3)
+	for i := range others {
+		others[i] = newMapperTest(m.T, m.MapperHarness, m.key.Spec)
+		others[i].v.Name = driver.MappingName("suite.example", m.v.Name+string(rune('a'+i)))
+		m.Cleanup(func() {
+			if err := m.Mapper.Close(context.Background(), others[i].v.Name); err != nil {
+				m.Error(err)
+			}
+		})
+	}
+	var wg sync.WaitGroup
+	for _, o := range others {
+		wg.Go(func() {
+			if _, err := o.Mapper.Open(m.Context(), o.v, o.key); err != nil {
+				m.Errorf("one of several volumes: %v", err)
+			}
+		})
+		wg.Go(func() {
+			if _, err := m.Mapper.Open(m.Context(), m.v, m.key); err != nil && !errors.Is(err, errdefs.ErrConflict) {
+				m.Errorf("one volume, several times: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	m.open()
+}

@@ -1,0 +1,12 @@
+package driver
+
+// WrapStateWrites lets a test stand around every change of a state file.
+func (d *Driver) WrapStateWrites(wrap func(do func() error) error) { d.writeState = wrap }
+
+// ReadSuperblock, ParseMount and SuperArea are for tests of formats.
+var (
+	ReadSuperblock = readSuperblock
+	ParseMount     = parseMount
+)
+
+const SuperArea = superArea

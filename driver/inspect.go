@@ -1,0 +1,180 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// MappingState says how a mapping and the state files fit together.
+type MappingState string
+
+// The states.
+const (
+	StateStaged     MappingState = "staged"     // open, and the state file says so
+	StateIncomplete MappingState = "incomplete" // staging was interrupted; a call finishes or undoes it
+	StateClosed     MappingState = "closed"     // a state file without a mapping: rebooted, or interrupted early
+	StateOrphan     MappingState = "orphan"     // a mapping that no state file explains
+	StateSuspended  MappingState = "suspended"  // I/O to it waits
+)
+
+// MappingInfo is what is known of one mapping or one state file.
+type MappingInfo struct {
+	Mapping     // the zero value but for Name where nothing is open
+	State       MappingState
+	Driver      string // the CSI driver that it belongs to
+	VolumeID    string
+	DEK         dek.ID
+	AccessType  string // "mount" or "block"
+	Filesystem  string
+	StagingPath string
+	Header      dek.HeaderID // as of the last staging or growth
+	UsedAt      []string     // where it can be seen, beside the staging path
+}
+
+// Inspect joins the mappings of this node with the state files of all drivers
+// of ours on it (there may be several, each in front of another driver). It
+// reads no disk and needs no key.
+func (d *Driver) Inspect(ctx context.Context) ([]MappingInfo, error) {
+	return Inspect(ctx, realDir(d.cfg.KubeletDir), d.cfg.Mapper, d.cfg.Mounts, d.boot)
+}
+
+// Inspect is the method of the same name for a process that serves nothing.
+func Inspect(_ context.Context, kubeletDir string, mapper interface{ List() ([]Mapping, error) }, mounts Mounts, boot string) ([]MappingInfo, error) {
+	// The mappings first: a state file is written before its mapping is made,
+	// so that what is in this list has its file by now.
+	mappings, err := mapper.List()
+	if err != nil {
+		return nil, err
+	}
+	table, err := mounts.List()
+	if err != nil {
+		return nil, err
+	}
+	states, err := readStates(kubeletDir)
+	if err != nil {
+		return nil, err
+	}
+	var all []MappingInfo
+	for _, st := range states {
+		info := describe(st)
+		i := slices.IndexFunc(mappings, func(m Mapping) bool { return m.Name == info.Name })
+		if i >= 0 {
+			info.Mapping = mappings[i]
+			info.State = openState(info.Mapping, st, boot)
+			info.UsedAt = usedElsewhere(table, info.Mapping, st.StagingPath)
+			mappings = slices.Delete(mappings, i, i+1)
+		}
+		all = append(all, info)
+	}
+	for _, m := range mappings {
+		all = append(all, MappingInfo{Mapping: m, State: StateOrphan, UsedAt: usedElsewhere(table, m, "")})
+	}
+	slices.SortFunc(all, func(a, b MappingInfo) int { return strings.Compare(a.VolumeID+"\x00"+a.Name, b.VolumeID+"\x00"+b.Name) })
+	return all, nil
+}
+
+func describe(st *state) MappingInfo {
+	return MappingInfo{
+		Mapping: Mapping{Name: MappingName(st.Driver, st.VolumeID)}, State: StateClosed,
+		Driver: st.Driver, VolumeID: st.VolumeID, DEK: st.DEK, AccessType: st.AccessType,
+		Filesystem: st.Filesystem, StagingPath: st.StagingPath, Header: st.Header,
+	}
+}
+
+func openState(m Mapping, st *state, boot string) MappingState {
+	switch {
+	case m.Suspended:
+		return StateSuspended
+	case st.Staged && st.BootID == boot && st.Device == m.Backing:
+		return StateStaged
+	}
+	return StateIncomplete
+}
+
+// readStates reads the state files of all drivers of ours.
+func readStates(kubeletDir string) ([]*state, error) {
+	paths, err := filepath.Glob(filepath.Join(privateDir(kubeletDir, "*"), "*", "volume.json"))
+	if err != nil {
+		return nil, err
+	}
+	var states []*state
+	for _, path := range paths {
+		st, err := readState(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // unstaged just now
+		}
+		if err != nil {
+			return nil, err
+		}
+		states = append(states, st)
+	}
+	return states, nil
+}
+
+// Reconcile tidies up after a crash; it is called once, at the start, before
+// anything is served. It closes mappings that no state file explains and that
+// nobody uses, and removes state files of another boot of which nothing is
+// left. It returns the orphans that stay because they are in use.
+func (d *Driver) Reconcile(ctx context.Context) ([]MappingInfo, error) {
+	all, err := d.Inspect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var left []MappingInfo
+	var errs []error
+	for _, info := range all {
+		switch {
+		case info.State == StateOrphan && len(info.UsedAt) > 0:
+			left = append(left, info)
+		case info.State == StateOrphan:
+			err := d.cfg.Mapper.Close(ctx, info.Name)
+			if errors.Is(err, errdefs.ErrUnavailable) || errors.Is(err, errdefs.ErrConflict) {
+				left = append(left, info)
+			} else if err != nil {
+				errs = append(errs, err)
+			} else {
+				d.log.InfoContext(ctx, "closed an orphan", "mapping", info.Name, "device", info.Backing)
+			}
+		case info.State == StateClosed && info.Driver == d.name:
+			errs = append(errs, d.forgetRebooted(info.VolumeID))
+		}
+	}
+	return left, errors.Join(errs...)
+}
+
+// forgetRebooted removes the state of a volume that was staged in another boot,
+// if nothing of it is there any more, not even files of the wrapped driver.
+func (d *Driver) forgetRebooted(volumeID string) error {
+	v, err := d.volume(volumeID)
+	if err != nil {
+		return err
+	}
+	st, err := d.load(v)
+	if err != nil || st == nil || st.BootID == d.boot {
+		return err
+	}
+	mounts, err := d.cfg.Mounts.List()
+	if err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		if within(m.Target, v.dir) || m.Target == st.StagingPath {
+			return nil
+		}
+	}
+	if entries, err := os.ReadDir(v.stageDir()); err == nil && len(entries) > 0 {
+		return nil
+	}
+	if err := removePath(v.device()); err != nil {
+		return err
+	}
+	return d.forget(v)
+}

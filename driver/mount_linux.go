@@ -1,0 +1,334 @@
+package driver
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// Linux is the real kernel: it is Filesystems, Mounts and Devices. It needs
+// root, mount(8) and the filesystems' own programs.
+type Linux struct{}
+
+var (
+	_ Filesystems = Linux{}
+	_ Mounts      = Linux{}
+	_ Devices     = Linux{}
+)
+
+// repairTime bounds what must not be interrupted half way: a check or growth
+// runs to its end though its caller has given up; the next call finds it done.
+const repairTime = 30 * time.Minute
+
+// Make runs mkfs. Discarding is left out: it would tell the host which blocks
+// are in use, and on a large device takes long.
+func (Linux) Make(ctx context.Context, device, fstype string) error {
+	switch fstype {
+	case "ext4":
+		return run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1", device)
+	case "xfs":
+		return run(ctx, "mkfs.xfs", "-q", "-f", "-K", device)
+	case "btrfs":
+		return run(ctx, "mkfs.btrfs", "-q", "-f", "-K", device)
+	}
+	return errdefs.Errorf(errdefs.ErrInvalid, "filesystem %q cannot be made: use one of %v", fstype, FSTypes())
+}
+
+// Check runs e2fsck; xfs and btrfs repair themselves when they are mounted.
+func (Linux) Check(ctx context.Context, device, fstype string) error {
+	if fstype != "ext4" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), repairTime)
+	defer cancel()
+	err := run(ctx, "e2fsck", "-p", device)
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit) && exit.ExitCode() >= 0 && exit.ExitCode()&^3 == 0:
+		return nil // errors were found and corrected
+	case errors.As(err, &exit):
+		return errdefs.Errorf(errdefs.ErrState, "the filesystem is damaged and has to be repaired by hand: %w", err)
+	}
+	return err
+}
+
+// Grow runs the filesystem's own program; all of them grow while mounted.
+func (Linux) Grow(ctx context.Context, device, mountpoint, fstype string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), repairTime)
+	defer cancel()
+	switch fstype {
+	case "ext4":
+		return run(ctx, "resize2fs", device)
+	case "xfs":
+		return run(ctx, "xfs_growfs", "-d", mountpoint)
+	case "btrfs":
+		return run(ctx, "btrfs", "filesystem", "resize", "max", mountpoint)
+	}
+	return errdefs.Errorf(errdefs.ErrInvalid, "filesystem %q cannot grow", fstype)
+}
+
+// run runs a program. The error holds what it printed, shortened.
+func run(ctx context.Context, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.WaitDelay = 5 * time.Second // a child of the child may keep the pipe
+	out, err := cmd.CombinedOutput()
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("%s was interrupted: %w", name, ctx.Err())
+	case errors.Is(err, exec.ErrNotFound):
+		return errdefs.Errorf(errdefs.ErrInvalid, "%s is not installed in this image", name)
+	}
+	const most = 400
+	text := strings.Join(strings.Fields(string(out)), " ")
+	if len(text) > most {
+		text = "… " + text[len(text)-most:]
+	}
+	return fmt.Errorf("%s: %w: %s", name, err, text)
+}
+
+// Where the superblocks lie, and how much of the device to read for them.
+const (
+	extSuper   = 1 << 10
+	btrfsSuper = 64 << 10
+	superArea  = btrfsSuper + 4<<10
+)
+
+// Probe reads the superblocks itself: that takes no process, and there is
+// nothing else that could be in a mapping of ours.
+func (Linux) Probe(ctx context.Context, device string) (FSInfo, error) {
+	if err := ctx.Err(); err != nil {
+		return FSInfo{}, err
+	}
+	f, err := os.Open(device)
+	if err != nil {
+		return FSInfo{}, err
+	}
+	defer func() { _ = f.Close() }()
+	area := make([]byte, superArea)
+	if _, err := io.ReadFull(f, area); err != nil {
+		return FSInfo{}, fmt.Errorf("reading the superblock: %w", err)
+	}
+	return readSuperblock(area), nil
+}
+
+// readSuperblock finds out what begins with area, which is superArea long.
+func readSuperblock(area []byte) FSInfo {
+	le, be := binary.LittleEndian, binary.BigEndian
+	if bytes.HasPrefix(area, []byte("XFSB")) {
+		return FSInfo{Type: "xfs", Size: int64(be.Uint32(area[4:])) * int64(be.Uint64(area[8:])), Clean: true}
+	}
+	if b := area[btrfsSuper:]; bytes.Equal(b[0x40:0x48], []byte("_BHRfS_M")) {
+		return FSInfo{Type: "btrfs", Size: int64(le.Uint64(b[0x70:])), Clean: true}
+	}
+	if e := area[extSuper:]; le.Uint16(e[0x38:]) == 0xEF53 {
+		return readExt(e)
+	}
+	return FSInfo{}
+}
+
+// readExt reads an ext2, 3 or 4 superblock.
+func readExt(e []byte) FSInfo {
+	const (
+		hasJournal                = 0x4 // compatible features
+		needsRecovery             = 0x4 // incompatible ones
+		extents, bits64, flexible = 0x40, 0x80, 0x200
+		valid, errorsFound        = 1, 2 // states
+	)
+	le := binary.LittleEndian
+	compat, incompat, state := le.Uint32(e[0x5C:]), le.Uint32(e[0x60:]), le.Uint16(e[0x3A:])
+	blocks := int64(le.Uint32(e[0x4:]))
+	if incompat&bits64 != 0 {
+		blocks |= int64(le.Uint32(e[0x150:])) << 32
+	}
+	info := FSInfo{
+		Type:  "ext2",
+		Size:  blocks << (10 + le.Uint32(e[0x18:])&0xF),
+		Clean: state&(valid|errorsFound) == valid && incompat&needsRecovery == 0,
+	}
+	if incompat&(extents|bits64|flexible) != 0 {
+		info.Type = "ext4"
+	} else if compat&hasJournal != 0 {
+		info.Type = "ext3"
+	}
+	return info
+}
+
+// Usage is statfs.
+func (Linux) Usage(path string) (Usage, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return Usage{}, &os.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	block := st.Frsize
+	return Usage{
+		Total: int64(st.Blocks) * block, Used: int64(st.Blocks-st.Bfree) * block, Available: int64(st.Bavail) * block,
+		Inodes: int64(st.Files), InodesUsed: int64(st.Files - st.Ffree), InodesFree: int64(st.Ffree),
+	}, nil
+}
+
+// Mount mounts a filesystem with mount(8), which knows all options there are,
+// and makes bind mounts itself.
+func (Linux) Mount(ctx context.Context, source, target, fstype string, options []string) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if slices.Contains(options, "bind") {
+		return bind(source, target, options)
+	}
+	args := []string{"-t", fstype}
+	if len(options) > 0 {
+		args = append(args, "-o", strings.Join(options, ","))
+	}
+	return run(ctx, "mount", append(args, "--", source, target)...)
+}
+
+// bind binds source to target and then sets the mount's own options: the kernel
+// ignores them in the first step. A bind that cannot get them is taken away.
+func bind(source, target string, options []string) error {
+	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
+		return &os.LinkError{Op: "bind", Old: source, New: target, Err: err}
+	}
+	flags := map[string]uintptr{
+		"ro": unix.MS_RDONLY, "nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC,
+		"noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME, "relatime": unix.MS_RELATIME,
+	}
+	var set uintptr
+	for _, o := range options {
+		set |= flags[o]
+	}
+	if set == 0 {
+		return nil
+	}
+	inherited, err := mountFlags(target)
+	if err == nil {
+		err = unix.Mount("", target, "", unix.MS_BIND|unix.MS_REMOUNT|set|inherited, "")
+	}
+	if err != nil {
+		return errors.Join(&os.PathError{Op: "remount", Path: target, Err: err}, unix.Unmount(target, unix.UMOUNT_NOFOLLOW))
+	}
+	return nil
+}
+
+// mountFlags returns the flags that a mount has and a remount would clear.
+func mountFlags(path string) (uintptr, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return 0, err
+	}
+	var set uintptr
+	for has, ms := range map[int64]uintptr{
+		unix.ST_RDONLY: unix.MS_RDONLY, unix.ST_NOSUID: unix.MS_NOSUID, unix.ST_NODEV: unix.MS_NODEV,
+		unix.ST_NOEXEC: unix.MS_NOEXEC, unix.ST_NOATIME: unix.MS_NOATIME, unix.ST_NODIRATIME: unix.MS_NODIRATIME,
+		unix.ST_RELATIME: unix.MS_RELATIME,
+	} {
+		if st.Flags&has != 0 {
+			set |= ms
+		}
+	}
+	return set, nil
+}
+
+// Unmount is the system call.
+func (Linux) Unmount(_ context.Context, target string) error {
+	if err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW); err != nil {
+		return &os.PathError{Op: "unmount", Path: target, Err: err}
+	}
+	return nil
+}
+
+// List reads /proc/self/mountinfo.
+func (Linux) List() ([]Mount, error) {
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	var mounts []Mount
+	lines := bufio.NewScanner(bytes.NewReader(data))
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		m, source, root, err := parseMount(lines.Text())
+		if err != nil {
+			return nil, err
+		}
+		mounts = append(mounts, named(m, source, root))
+	}
+	return mounts, lines.Err()
+}
+
+// parseMount reads one line of mountinfo, see proc(5).
+func parseMount(line string) (m Mount, source, root string, err error) {
+	before, after, ok := strings.Cut(line, " - ")
+	left, right := strings.Fields(before), strings.Fields(after)
+	if !ok || len(left) < 6 || len(right) < 2 {
+		return Mount{}, "", "", fmt.Errorf("mountinfo has a line that is none: %q", line)
+	}
+	m = Mount{
+		Target: unescape(left[4]), Device: left[2], FSType: right[0],
+		ReadOnly: slices.Contains(strings.Split(left[5], ","), "ro"),
+	}
+	if len(right) > 2 && slices.Contains(strings.Split(right[2], ","), "ro") {
+		m.ReadOnly = true
+	}
+	return m, unescape(right[1]), unescape(left[3]), nil
+}
+
+// named puts the block device that a mount is about into m.Device, where the
+// line itself does not show it: device nodes bound over files, and btrfs, whose
+// mounts have device numbers of their own.
+func named(m Mount, source, root string) Mount {
+	path := ""
+	switch m.FSType {
+	case "btrfs":
+		path = source
+	// Where a device node may lie. Not network filesystems: one that hangs
+	// must not hang us.
+	case "devtmpfs", "tmpfs", "ramfs", "overlay", "ext4", "xfs", "hostfs":
+		if root != "/" {
+			path = m.Target
+		}
+	}
+	if path == "" {
+		return m
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		m.Device = number(st.Rdev)
+		m.Node = m.FSType != "btrfs"
+	}
+	return m
+}
+
+// unescape undoes mountinfo's octal escapes.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var out strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				out.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		out.WriteByte(s[i])
+	}
+	return out.String()
+}
