@@ -41,6 +41,7 @@ build: install ## build all binaries into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/loopdriver ./test/loopdriver/cmd/loopdriver
 	CGO_ENABLED=0 $(GOBUILD) -o bin/vm ./test/vm
 	CGO_ENABLED=0 $(GOBUILD) -o bin/demo ./test/demo
+	CGO_ENABLED=0 $(GOBUILD) -o bin/bench ./test/bench
 
 .PHONY: demo
 demo: build ## watch volumes come up encrypted, on a kernel with device-mapper
@@ -58,14 +59,17 @@ kernel: build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses
 	@$(call find-pkgs,TestKernel); set -x; \
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs
 
+.PHONY: crash
+crash: build ## kill guests at every step of a volume's first life; `make test` does a sample
+	CRASH_EVERY=1 go test -count=1 -timeout 20m -v ./test/crash
+
 .PHONY: sanity
 sanity: build ## csi-sanity alone, with the list of what it skips
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' -v ./test/sanity
 
 .PHONY: bench
-bench: build ## benchmarks on a kernel with dm-crypt; not a test
-	@$(call find-pkgs,BenchmarkKernel); set -x; \
-	go test -count=1 -p 1 -timeout 30m $(in-guest) -run '^$$' -bench '^BenchmarkKernel' $$pkgs
+bench: build ## staging against the same done by hand, on one kernel; not a test
+	@bin/vm -mem 4G -timeout 30m -- bin/bench
 
 .PHONY: fuzz
 fuzz: install ## every fuzz target for FUZZTIME (30s)

@@ -6,7 +6,7 @@ func (d *Driver) WrapStateWrites(wrap func(do func() error) error) { d.writeStat
 // ReadSuperblock, ParseMount and SuperArea are for tests of formats.
 var (
 	ReadSuperblock = readSuperblock
-	ParseMount     = parseMount
+	ReadMount      = readMount
 )
 
 const SuperArea = superArea

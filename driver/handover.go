@@ -44,11 +44,15 @@ func (s *staging) handOver(ctx context.Context) error {
 		return err
 	}
 	layers := at(mounts, s.want.StagingPath)
-	switch {
-	case len(layers) == 0:
+	if len(layers) == 0 {
 		return errdefs.Errorf(errdefs.ErrState, "wrapped driver %s was given the mapping of volume %s and mounted nothing at %s", s.wrapped.name, s.v.id, s.want.StagingPath)
-	case len(layers) > 1 || layers[0].Device != s.m.Number || layers[0].Node:
-		return errdefs.Errorf(errdefs.ErrState, "wrapped driver %s was given mapping %s of volume %s and mounted device %s: it does not stage what it is told", s.wrapped.name, s.m.Number, s.v.id, layers[len(layers)-1].Device)
+	}
+	// One mount may show several times, where kubelet's directory is bound
+	// onto itself; all of them have to be the mapping.
+	for _, l := range layers {
+		if l.Device != s.m.Number || l.Node {
+			return errdefs.Errorf(errdefs.ErrState, "wrapped driver %s was given mapping %s of volume %s and mounted device %s: it does not stage what it is told", s.wrapped.name, s.m.Number, s.v.id, l.Device)
+		}
 	}
 	if !s.m.Made {
 		s.fs = FSInfo{Type: layers[0].FSType, Size: s.m.Size, Clean: true}

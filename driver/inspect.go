@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -121,8 +120,9 @@ func readStates(kubeletDir string) ([]*state, error) {
 
 // Reconcile tidies up after a crash; it is called once, at the start, before
 // anything is served. It closes mappings that no state file explains and that
-// nobody uses, and removes state files of another boot of which nothing is
-// left. It returns the orphans that stay because they are in use.
+// nobody uses, and gives back what was staged in another boot: kubelet stages
+// again what it still wants. It returns the orphans that stay because they are
+// in use; its errors are no reason not to serve.
 func (d *Driver) Reconcile(ctx context.Context) ([]MappingInfo, error) {
 	all, err := d.Inspect(ctx)
 	if err != nil {
@@ -144,15 +144,15 @@ func (d *Driver) Reconcile(ctx context.Context) ([]MappingInfo, error) {
 				d.log.InfoContext(ctx, "closed an orphan", "mapping", info.Name, "device", info.Backing)
 			}
 		case info.State == StateClosed && info.Driver == d.name:
-			errs = append(errs, d.forgetRebooted(info.VolumeID))
+			errs = append(errs, d.giveBackRebooted(ctx, info.VolumeID))
 		}
 	}
 	return left, errors.Join(errs...)
 }
 
-// forgetRebooted removes the state of a volume that was staged in another boot,
-// if nothing of it is there any more, not even files of the wrapped driver.
-func (d *Driver) forgetRebooted(volumeID string) error {
+// giveBackRebooted tears down a volume that was staged in another boot, if
+// nothing is mounted where it was.
+func (d *Driver) giveBackRebooted(ctx context.Context, volumeID string) error {
 	v, err := d.volume(volumeID)
 	if err != nil {
 		return err
@@ -162,19 +162,8 @@ func (d *Driver) forgetRebooted(volumeID string) error {
 		return err
 	}
 	mounts, err := d.cfg.Mounts.List()
-	if err != nil {
+	if err != nil || len(at(mounts, st.StagingPath)) > 0 {
 		return err
 	}
-	for _, m := range mounts {
-		if within(m.Target, v.dir) || m.Target == st.StagingPath {
-			return nil
-		}
-	}
-	if entries, err := os.ReadDir(v.stageDir()); err == nil && len(entries) > 0 {
-		return nil
-	}
-	if err := removePath(v.device()); err != nil {
-		return err
-	}
-	return d.forget(v)
+	return d.teardown(ctx, v, st.StagingPath)
 }

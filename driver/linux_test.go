@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"k8s.io/mount-utils"
 
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/driver/drivertest"
@@ -45,7 +46,7 @@ func TestKernelMounts(t *testing.T) { drivertest.RunMounts(t, linux(t)) }
 
 func TestKernelFilesystems(t *testing.T) { drivertest.RunFilesystems(t, linux(t)) }
 
-func TestParseMount(t *testing.T) {
+func TestReadMount(t *testing.T) {
 	for _, tt := range []struct {
 		line, source, root string
 		want               driver.Mount
@@ -62,17 +63,20 @@ func TestParseMount(t *testing.T) {
 			driver.Mount{Target: `/mnt/a b\c`, Device: "254:0", FSType: "xfs", ReadOnly: true},
 		},
 	} {
-		got, source, root, err := driver.ParseMount(tt.line)
-		if err != nil || source != tt.source || root != tt.root {
-			t.Errorf("%s: source %q, root %q, %v", tt.line, source, root, err)
+		path := filepath.Join(t.TempDir(), "mountinfo")
+		if err := os.WriteFile(path, []byte(tt.line+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		table, err := mount.ParseMountInfo(path)
+		if err != nil || len(table) != 1 {
+			t.Fatalf("%s: %v, %v", tt.line, table, err)
+		}
+		got, source, root := driver.ReadMount(table[0])
+		if source != tt.source || root != tt.root {
+			t.Errorf("%s: source %q, root %q", tt.line, source, root)
 		}
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%s: %s", tt.line, diff)
-		}
-	}
-	for _, bad := range []string{"", "36 35 98:0 / /mnt rw", "36 35 98:0 / - ext4 x rw"} {
-		if got, _, _, err := driver.ParseMount(bad); err == nil {
-			t.Errorf("%q is %+v", bad, got)
 		}
 	}
 }

@@ -1,8 +1,6 @@
 package driver
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -16,6 +14,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/mount-utils"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
@@ -191,11 +190,7 @@ func (Linux) Mount(ctx context.Context, source, target, fstype string, options [
 	if slices.Contains(options, "bind") {
 		return bind(source, target, options)
 	}
-	args := []string{"-t", fstype}
-	if len(options) > 0 {
-		args = append(args, "-o", strings.Join(options, ","))
-	}
-	return run(ctx, "mount", append(args, "--", source, target)...)
+	return run(ctx, "mount", mount.MakeMountArgs(source, target, fstype, options)...)
 }
 
 // bind binds source to target and then sets the mount's own options: the kernel
@@ -254,38 +249,25 @@ func (Linux) Unmount(_ context.Context, target string) error {
 
 // List reads /proc/self/mountinfo.
 func (Linux) List() ([]Mount, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	table, err := mount.ParseMountInfo("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	var mounts []Mount
-	lines := bufio.NewScanner(bytes.NewReader(data))
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		m, source, root, err := parseMount(lines.Text())
-		if err != nil {
-			return nil, err
-		}
+	mounts := make([]Mount, 0, len(table))
+	for _, info := range table {
+		m, source, root := readMount(info)
 		mounts = append(mounts, named(m, source, root))
 	}
-	return mounts, lines.Err()
+	return mounts, nil
 }
 
-// parseMount reads one line of mountinfo, see proc(5).
-func parseMount(line string) (m Mount, source, root string, err error) {
-	before, after, ok := strings.Cut(line, " - ")
-	left, right := strings.Fields(before), strings.Fields(after)
-	if !ok || len(left) < 6 || len(right) < 2 {
-		return Mount{}, "", "", fmt.Errorf("mountinfo has a line that is none: %q", line)
-	}
+// readMount translates one line of mountinfo, see proc(5).
+func readMount(info mount.MountInfo) (m Mount, source, root string) {
 	m = Mount{
-		Target: unescape(left[4]), Device: left[2], FSType: right[0],
-		ReadOnly: slices.Contains(strings.Split(left[5], ","), "ro"),
+		Target: unescape(info.MountPoint), Device: fmt.Sprintf("%d:%d", info.Major, info.Minor), FSType: info.FsType,
+		ReadOnly: slices.Contains(info.MountOptions, "ro") || slices.Contains(info.SuperOptions, "ro"),
 	}
-	if len(right) > 2 && slices.Contains(strings.Split(right[2], ","), "ro") {
-		m.ReadOnly = true
-	}
-	return m, unescape(right[1]), unescape(left[3]), nil
+	return m, unescape(info.Source), unescape(info.Root)
 }
 
 // named puts the block device that a mount is about into m.Device, where the

@@ -406,12 +406,16 @@ func TestInspectAndReconcile(t *testing.T) {
 	}
 	m.read(m.target("a"), m.written("a"))
 
-	m.reboot()
+	m.kernel.Reboot() // and a wrapped driver that remembers what it had staged
+	m.boot += "+"
+	m.start()
 	left, err = m.driver.Reconcile(t.Context())
 	if err != nil || len(left) > 0 {
 		t.Errorf("Reconcile after a reboot left %+v, %v", left, err)
 	}
 	m.clean()
+	m.ok("stage", m.stage(mountCap("xfs")))
+	m.read(m.staging(), "secret words")
 }
 
 // written writes a file for a pod and returns its content.

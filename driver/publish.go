@@ -53,8 +53,8 @@ func (p *publishing) publish(ctx context.Context) error {
 	if layers := at(mounts, p.target); len(layers) > 0 {
 		return p.published(layers[len(layers)-1], m)
 	}
-	if diff := st.difference(p.want); diff != "" {
-		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s is staged with another capability: asked for %s", p.v.id, diff)
+	if p.want.AccessType != st.AccessType {
+		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s is staged with access type %s, asked for is %s", p.v.id, st.AccessType, p.want.AccessType)
 	}
 	if p.want.AccessType == accessBlock && p.readOnly && !m.ReadOnly {
 		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s is a writable block volume, and a device node cannot be made read-only for one pod alone: use a reader-only access mode", p.v.id)

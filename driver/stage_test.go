@@ -289,7 +289,7 @@ func TestPolicy(t *testing.T) {
 		"required, nothing asked": {driver.IntegrityRequired, nil, codes.OK, dek.IntegrityHMAC},
 		"less than the policy":    {driver.IntegrityDefault, map[string]string{"cryptcsi.io/integrity": "none"}, codes.InvalidArgument, ""},
 		"plaintext":               {driver.IntegrityDefault, map[string]string{"cryptcsi.io/encrypted": "0"}, codes.InvalidArgument, ""},
-		"unknown wish":            {driver.IntegrityDefault, map[string]string{"cryptcsi.io/integirty": "hmac-sha256"}, codes.InvalidArgument, ""},
+		"unknown wish":            {driver.IntegrityDefault, map[string]string{"cryptcsi.io/integrity2": "hmac-sha256"}, codes.InvalidArgument, ""},
 	} {
 		t.Run("creating: "+name, func(t *testing.T) {
 			m := newMachine(t)
@@ -496,14 +496,14 @@ func TestAFilesystemThatWasNotUnmounted(t *testing.T) {
 func TestASecondCallIsToldToComeAgain(t *testing.T) {
 	m := newMachine(t).start()
 	entered, leave := make(chan struct{}), make(chan struct{})
-	m.faults.Arm(3, false, func() error { close(entered); <-leave; return nil })
+	m.faults.Arm(3, true, func() error { close(entered); <-leave; return nil })
 	first := make(chan error, 1)
 	go func() { first <- m.stage(mountCap("ext4")) }()
 	<-entered
 	m.refused("second stage", m.stage(mountCap("ext4")), codes.Aborted)
 	m.refused("unstage meanwhile", m.unstage(), codes.Aborted)
 	close(leave)
-	<-first
+	m.ok("the first stage", <-first)
 	m.ok("stage", m.stage(mountCap("ext4")))
 	m.ok("unstage", m.unstage())
 	m.clean()

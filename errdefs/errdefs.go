@@ -53,8 +53,7 @@ func (e *classified) Unwrap() []error { return []error{e.class, e.err} }
 // Class returns the class that Errorf gave err, the outermost one where several
 // did; nil where none did.
 func Class(err error) error {
-	var c *classified
-	if errors.As(err, &c) {
+	if c, ok := errors.AsType[*classified](err); ok {
 		return c.class
 	}
 	return nil

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -42,7 +41,7 @@ func TestCommandLines(t *testing.T) {
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --crypt-worker=/bin/true", 1, "is no version"},
 	} {
 		var out bytes.Buffer
-		code := run(context.Background(), strings.Fields(tt.args), &out, &out)
+		code := run(t.Context(), strings.Fields(tt.args), &out, &out)
 		if code != tt.code || !strings.Contains(out.String(), tt.says) {
 			t.Errorf("csi-plugin %s: exit code %d, want %d; it should say %q:\n%s", tt.args, code, tt.code, tt.says, &out)
 		}

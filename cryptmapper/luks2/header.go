@@ -112,12 +112,12 @@ func parseCopy(raw []byte, offset int64) (*Copy, error) {
 		return nil, fmt.Errorf("header at offset %d fails its checksum", offset)
 	}
 	text := raw[binarySize:]
-	end := bytes.IndexByte(text, 0)
-	if end < 0 {
+	before, _, ok := bytes.Cut(text, []byte{0})
+	if !ok {
 		return nil, fmt.Errorf("JSON area at offset %d has no end", offset)
 	}
 	c := &Copy{raw: raw}
-	if err := json.Unmarshal(text[:end], &c.json); err != nil {
+	if err := json.Unmarshal(before, &c.json); err != nil {
 		return nil, fmt.Errorf("JSON area at offset %d: %w", offset, err)
 	}
 	return c, nil

@@ -146,7 +146,7 @@ func TestEveryByteCounts(t *testing.T) {
 		}
 	}
 	for at := range luks2.CopySize {
-		if at >= 16 && at < 24 || at >= 448 && at < 512 || at > 5000 && at%61 != 0 {
+		if at >= 16 && at < 24 || at >= 448 && at < 512 || (at < 4096 && at > 512 || at > 5000) && at%61 != 0 {
 			continue // free fields; of the padding a sample
 		}
 		d := &disk{data: bytes.Clone(good.data[:128<<10])}

@@ -397,9 +397,9 @@ func TestKernelKilledAtEveryStep(t *testing.T) {
 				if _, err = dying.MarkMade(t.Context(), f.v, f.d); err != nil {
 					killed = true
 				}
-				m := f.made(t, "survives")
+				f.made(t, "survives")
 				f.close(t)
-				if m = f.open(t); string(readAt(t, m.Path, 0, 8)) != "survives" {
+				if m := f.open(t); string(readAt(t, m.Path, 0, 8)) != "survives" {
 					t.Fatalf("step %d: the data is gone", step)
 				}
 				dying = newMapper(t, step)

@@ -284,7 +284,7 @@ func testFilesystem(t *testing.T, h HostHarness, fstype string) {
 	mounted := true
 	defer func() {
 		if mounted {
-			_ = h.Host.Unmount(context.Background(), dir)
+			_ = h.Host.Unmount(context.WithoutCancel(ctx), dir)
 		}
 	}()
 	before, err := h.Host.Usage(dir)

@@ -89,7 +89,7 @@ func newMapperTest(t *testing.T, h MapperHarness, spec dek.Spec) *mapperTest {
 	m.key = NewDEK(dek.ID("suite.example/"+m.v.Name), spec)
 	m.key.Claim = dek.Claim{Node: "suite", UUID: dek.NewUUID()}
 	t.Cleanup(func() {
-		if err := h.Mapper.Close(context.Background(), m.v.Name); err != nil {
+		if err := h.Mapper.Close(context.WithoutCancel(t.Context()), m.v.Name); err != nil {
 			t.Errorf("closing at the end: %v", err)
 		}
 		m.key.Key.Wipe()

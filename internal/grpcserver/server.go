@@ -102,7 +102,7 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	return s.call(ss.Context(), info.FullMethod, func() error {
 		err := handler(srv, ss)
 		// The status of a forwarded call passes as it is, details included.
-		if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok { //nolint:errorlint // a bare status only
+		if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 			return err
 		}
 		return errgrpc.ToGRPC(err)

@@ -26,13 +26,14 @@ func (d *Driver) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		level = slog.LevelDebug
 	}
 	attrs := []slog.Attr{
+		slog.String("method", method),
 		slog.Any("request", protosanitizer.StripSecrets(req)),
 		slog.Duration("took", time.Since(start)),
 	}
 	if err != nil {
 		attrs = append(attrs, slog.Any("error", err))
 	}
-	d.cfg.Log.LogAttrs(ctx, level, method, attrs...)
+	d.cfg.Log.LogAttrs(ctx, level, "call", attrs...)
 	return resp, errgrpc.ToGRPC(err)
 }
 

@@ -3,6 +3,7 @@ package loopdriver_test
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -114,7 +115,7 @@ func yank(t *testing.T, dev string) {
 	must(t, "LOOP_CLR_FD", unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0))
 	f.Close()
 	for loops(t)[dev] != "" { // detached at the last close by whoever looks at it
-		unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
+		_ = unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
 	}
 }
 
@@ -515,7 +516,7 @@ func bindForTest(t *testing.T, file string) string {
 		if err == nil {
 			return dev
 		}
-		if err != unix.EBUSY {
+		if !errors.Is(err, unix.EBUSY) {
 			t.Fatal(err)
 		}
 	}

@@ -27,10 +27,8 @@ func (d *Driver) checkCreate(req *csi.CreateVolumeRequest) error {
 		return err
 	}
 	requisite := req.GetAccessibilityRequirements().GetRequisite()
-	for _, t := range requisite {
-		if d.here(t) {
-			return nil
-		}
+	if slices.ContainsFunc(requisite, d.here) {
+		return nil
 	}
 	if len(requisite) > 0 {
 		return exhausted("volumes can be made on node %q only, which the accessibility requirements exclude", d.cfg.NodeID)

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 
@@ -52,9 +53,7 @@ func (s *Stack) Create(ctx context.Context, name string, size int64, c *csi.Volu
 	}
 	v := &Volume{s: s, ID: resp.GetVolume().GetVolumeId(), Capability: c, Context: map[string]string{}}
 	for _, m := range []map[string]string{resp.GetVolume().GetVolumeContext(), extra} {
-		for key, value := range m {
-			v.Context[key] = value
-		}
+		maps.Copy(v.Context, m)
 	}
 	sum := sha256.Sum256([]byte(v.ID))
 	base := filepath.Join(s.KubeletDir(), "plugins/kubernetes.io/csi", s.Name, hex.EncodeToString(sum[:]))

@@ -286,8 +286,7 @@ func verdict(ctx context.Context, hit bool, status []byte, died error, console *
 		}
 		return exitBroken, fmt.Errorf("the guest could not run the command: %s\n%s", r.Error, console.words())
 	}
-	var s *stopped
-	if errors.As(context.Cause(ctx), &s) {
+	if s, ok := errors.AsType[*stopped](context.Cause(ctx)); ok {
 		return s.code, fmt.Errorf("%w\n%s", s, console.words())
 	}
 	how := "went away"

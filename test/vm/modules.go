@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -66,8 +67,8 @@ func (t *moduleTree) order(name string) []string {
 	}
 	var files []string
 	needs := t.needs[path]
-	for i := len(needs) - 1; i >= 0; i-- {
-		files = append(files, needs[i])
+	for _, need := range slices.Backward(needs) {
+		files = append(files, need)
 	}
 	return append(files, path)
 }

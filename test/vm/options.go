@@ -70,7 +70,7 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (*option
 	fs.Var(&disks, "disk", "attach this `file` as the next of /dev/ubda, /dev/ubdb, …; may be repeated\n(VM_DISK, separated by colons)")
 	fs.StringVar(&o.killOn, "kill-on", "", "kill the guest, as a power cut would, when its standard output contains this `string`")
 	for name, variable := range map[string]string{"mem": "VM_MEM", "timeout": "VM_TIMEOUT", "rw": "VM_RW", "disk": "VM_DISK"} {
-		for _, value := range strings.Split(getenv(variable), ":") {
+		for value := range strings.SplitSeq(getenv(variable), ":") {
 			if value == "" {
 				continue
 			}

@@ -186,11 +186,12 @@ func (c *cpio) end() { c.entry("TRAILER!!!", 0, nil) }
 
 func (c *cpio) entry(name string, mode int, content []byte) {
 	// inode, mode, uid, gid, links, mtime, size, device ×2, rdev ×2, name's length, checksum
-	header := "070701"
+	var header strings.Builder
+	header.WriteString("070701")
 	for _, n := range []int{0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0} {
-		header += fmt.Sprintf("%08x", n)
+		header.WriteString(fmt.Sprintf("%08x", n))
 	}
-	for _, part := range []string{header + name + "\x00", string(content)} {
+	for _, part := range []string{header.String() + name + "\x00", string(content)} {
 		if c.err == nil {
 			_, c.err = io.WriteString(c.w, part+strings.Repeat("\x00", -len(part)&3))
 		}

@@ -341,7 +341,7 @@ func family(t *testing.T, pid int) (pids []int, scratch string) {
 		}
 		for _, task := range tasks {
 			children, _ := os.ReadFile(task) // a thread that has ended has none
-			for _, child := range strings.Fields(string(children)) {
+			for child := range strings.FieldsSeq(string(children)) {
 				n, err := strconv.Atoi(child)
 				if err != nil {
 					t.Fatal(err)
@@ -350,7 +350,7 @@ func family(t *testing.T, pid int) (pids []int, scratch string) {
 			}
 		}
 		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pids[i]))
-		for _, arg := range bytes.Split(line, []byte{0}) {
+		for arg := range bytes.SplitSeq(line, []byte{0}) {
 			if dir, ok := bytes.CutPrefix(arg, []byte(guestEnv+"=")); ok {
 				scratch = string(dir)
 			}
