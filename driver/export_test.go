@@ -3,7 +3,7 @@ package driver
 // WrapStateWrites lets a test stand around every change of a state file.
 func (d *Driver) WrapStateWrites(wrap func(do func() error) error) { d.writeState = wrap }
 
-// ReadSuperblock, ParseMount and SuperArea are for tests of formats.
+// ReadSuperblock, ReadMount and SuperArea are for tests of formats.
 var (
 	ReadSuperblock = readSuperblock
 	ReadMount      = readMount
