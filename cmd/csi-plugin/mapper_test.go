@@ -24,7 +24,7 @@ func TestKernelMapper(t *testing.T) {
 	}
 	kernel.Need(t, "root", "loop", "dm-crypt", "dm-integrity", "keyring", "exec:blkid", "exec:"+worker)
 	kernel.NoLeaks(t)
-	m := cryptmapper.New(cryptmapper.Options{Worker: []string{worker}, Warm: 2, LockDir: t.TempDir()})
+	m := cryptmapper.New(cryptmapper.Options{Worker: []string{worker}, LockDir: t.TempDir()})
 	t.Cleanup(m.Shutdown)
 	drivertest.RunMapper(t, drivertest.MapperHarness{
 		Mapper: mapper{m},

@@ -35,7 +35,7 @@ type MapperHarness struct {
 }
 
 // suiteSize is the size of the devices; they grow by half.
-const suiteSize = 64 << 20
+const suiteSize = 40 << 20
 
 // mapperTest is one test with one volume.
 type mapperTest struct {
