@@ -60,8 +60,9 @@ kernel: build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs
 
 .PHONY: crash
-crash: build ## kill guests at every step of a volume's first life; `make test` does a sample
+crash: build ## kill worker and guest at every step of a volume's first life (make test: a sample)
 	CRASH_EVERY=1 go test -count=1 -timeout 20m -v ./test/crash
+	CRASH_EVERY=1 VM_ENV=CRASH_EVERY go test -count=1 -timeout 20m $(in-guest) -run TestKernelKilledAtSteps -v ./cryptmapper/worker
 
 .PHONY: sanity
 sanity: build ## csi-sanity alone, with the list of what it skips

@@ -14,7 +14,7 @@ import (
 
 // Killed at a step of its first life, by kill -9 of the whole guest, a volume
 // comes up after the next boot. The disk is all that outlives a guest. Every
-// second step is tried without integrity, every sixth with it; CRASH_EVERY=1
+// third step is tried without integrity, every eighth with it; CRASH_EVERY=1
 // (make crash) tries all.
 func TestGuestKilledAtEveryStep(t *testing.T) {
 	vm, err := filepath.Abs("../../bin/vm")
@@ -34,7 +34,7 @@ func TestGuestKilledAtEveryStep(t *testing.T) {
 	for _, integrity := range []dek.Integrity{dek.IntegrityNone, dek.IntegrityHMAC} {
 		t.Run("integrity="+string(integrity), func(t *testing.T) {
 			t.Parallel()
-			stride := map[dek.Integrity]int{dek.IntegrityNone: 2, dek.IntegrityHMAC: 6}[integrity]
+			stride := map[dek.Integrity]int{dek.IntegrityNone: 3, dek.IntegrityHMAC: 8}[integrity]
 			if os.Getenv("CRASH_EVERY") == "1" {
 				stride = 1
 			}
@@ -42,7 +42,7 @@ func TestGuestKilledAtEveryStep(t *testing.T) {
 			for killedAt(t, vm, program, string(integrity), step) {
 				step += stride
 			}
-			if step < 5 {
+			if step < 4 {
 				t.Errorf("only %d steps: the volume was hardly made", step)
 			}
 			t.Logf("killed at every step, or every %d, up to %d", stride, step-stride)
