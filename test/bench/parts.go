@@ -13,9 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cryptcsi/cryptcsi/dek"
-	"github.com/cryptcsi/cryptcsi/envelope"
-	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/test/stack"
 )
 
@@ -33,7 +30,7 @@ func (b *bench) stageAgainstHand() error {
 	if err := v.Unstage(b.ctx); err != nil {
 		return err
 	}
-	key, err := b.key(v)
+	key, err := v.Key(b.ctx)
 	if err != nil {
 		return err
 	}
@@ -65,29 +62,6 @@ func (b *bench) stageAgainstHand() error {
 	b.row("stage of an existing 1 GiB ext4 volume", median(ours), "cryptsetup open + mount, same volume", median(hand), "at least 1")
 	b.row("stage of an existing 1 GiB ext4 volume", median(ours), "the same with argon2id as Constellation's", median(argon), "at least 10")
 	return errors.Join(v.Delete(b.ctx), slow.Delete(b.ctx))
-}
-
-// key returns a volume's DEK, as an operator with KEK and store can.
-func (b *bench) key(v *stack.Volume) ([]byte, error) {
-	kek, err := all.Mux().Open(b.ctx, b.stack.KEK())
-	if err != nil {
-		return nil, err
-	}
-	store, err := envelope.OpenStore(b.ctx, b.stack.Store())
-	if err != nil {
-		return nil, err
-	}
-	keys, err := envelope.New(kek, store, envelope.Options{})
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = keys.Close() }()
-	d, err := keys.GetDEK(b.ctx, dek.ID(b.stack.Name+"/"+v.ID))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Key.Wipe()
-	return bytes.Clone(d.Key.Expose()), nil
 }
 
 const byHand = "by-hand"

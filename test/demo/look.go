@@ -15,9 +15,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/cryptcsi/cryptcsi/dek"
-	"github.com/cryptcsi/cryptcsi/envelope"
-	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/test/stack"
 )
 
@@ -99,25 +96,10 @@ func scanTree(dir string, texts ...[]byte) (int, error) {
 
 // keyForms returns a volume's DEK as bytes, hexadecimal and base64.
 func (t *tale) keyForms(v *stack.Volume) ([][]byte, error) {
-	kek, err := all.Mux().Open(t.ctx, t.stack.KEK())
+	raw, err := v.Key(t.ctx)
 	if err != nil {
 		return nil, err
 	}
-	store, err := envelope.OpenStore(t.ctx, t.stack.Store())
-	if err != nil {
-		return nil, err
-	}
-	keys, err := envelope.New(kek, store, envelope.Options{})
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = keys.Close() }()
-	d, err := keys.GetDEK(t.ctx, dek.ID(t.stack.Name+"/"+v.ID))
-	if err != nil {
-		return nil, err
-	}
-	defer d.Key.Wipe()
-	raw := bytes.Clone(d.Key.Expose())
 	return [][]byte{raw, []byte(hex.EncodeToString(raw)), []byte(base64.StdEncoding.EncodeToString(raw)[:42])}, nil
 }
 

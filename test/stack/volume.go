@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,6 +11,10 @@ import (
 	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/kms/all"
 )
 
 // Volume is one volume and the calls that Kubernetes would make for it, each
@@ -66,6 +71,29 @@ func (s *Stack) Create(ctx context.Context, name string, size int64, c *csi.Volu
 		return nil, err
 	}
 	return v, v.Attach(ctx)
+}
+
+// Key returns the volume's DEK, as an operator with KEK and store can.
+func (v *Volume) Key(ctx context.Context) ([]byte, error) {
+	kek, err := all.Mux().Open(ctx, v.s.KEK())
+	if err != nil {
+		return nil, err
+	}
+	store, err := envelope.OpenStore(ctx, v.s.Store())
+	if err != nil {
+		return nil, err
+	}
+	keys, err := envelope.New(kek, store, envelope.Options{})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = keys.Close() }()
+	d, err := keys.GetDEK(ctx, dek.ID(v.s.Name+"/"+v.ID))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Key.Wipe()
+	return bytes.Clone(d.Key.Expose()), nil
 }
 
 // Attach is ControllerPublishVolume.
