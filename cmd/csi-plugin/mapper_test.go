@@ -3,7 +3,6 @@ package main
 import (
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -39,7 +38,7 @@ func TestKernelMapper(t *testing.T) {
 			}
 			return dm.NumberOf(st.Rdev).String()
 		},
-		Grow: growLoop,
+		Grow: func(t *testing.T, device string, size int64) { kernel.Grow(t, device, size) },
 		ReadAt: func(t *testing.T, path string, p []byte, off int64) {
 			t.Helper()
 			f := open(t, path, os.O_RDONLY)
@@ -86,21 +85,4 @@ func open(t *testing.T, path string, mode int) *os.File {
 	}
 	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
 	return f
-}
-
-// growLoop makes the file behind a loop device larger, and the device with it.
-func growLoop(t *testing.T, device string, size int64) {
-	t.Helper()
-	backing, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "loop/backing_file"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(strings.TrimSpace(string(backing)), size); err != nil {
-		t.Fatal(err)
-	}
-	f := open(t, device, os.O_RDWR)
-	defer f.Close()
-	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
-		t.Fatal(err)
-	}
 }

@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -515,7 +514,7 @@ func TestKernelResize(t *testing.T) {
 	if err != nil || same != m {
 		t.Fatalf("Resize without growth: %+v, %v", same, err)
 	}
-	grow(t, f.v.Device, 80*mib)
+	kernel.Grow(t, f.v.Device, 80*mib)
 	for range 2 {
 		grown, err := f.Resize(t.Context(), f.v, f.d)
 		if err != nil || grown.Size != 64*mib || grown.Header.Sequence != m.Header.Sequence+1 {
@@ -538,7 +537,7 @@ func TestKernelResizeKilledAtEveryStep(t *testing.T) {
 	for step := 1; ; step++ {
 		f := newFixture(t, 40*mib, dek.IntegrityNone)
 		f.made(t, "grows")
-		grow(t, f.v.Device, 80*mib)
+		kernel.Grow(t, f.v.Device, 80*mib)
 		dying := newMapper(t, step)
 		_, err := dying.Resize(t.Context(), f.v, f.d)
 		grown, again := f.Resize(t.Context(), f.v, f.d)
@@ -553,26 +552,6 @@ func TestKernelResizeKilledAtEveryStep(t *testing.T) {
 			t.Logf("%d steps", step-1)
 			return
 		}
-	}
-}
-
-// grow makes the file behind a loop device larger, and the device with it.
-func grow(t *testing.T, device string, size int64) {
-	t.Helper()
-	backing, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "loop/backing_file"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(strings.TrimSpace(string(backing)), size); err != nil {
-		t.Fatal(err)
-	}
-	file, err := os.OpenFile(device, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	if err := unix.IoctlSetInt(int(file.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
-		t.Fatal(err)
 	}
 }
 

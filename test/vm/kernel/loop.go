@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -75,4 +76,24 @@ func detach(path string) error {
 	}
 	defer device.Close()
 	return unix.IoctlSetInt(int(device.Fd()), unix.LOOP_CLR_FD, 0)
+}
+
+// Grow makes the file behind a loop device larger, and the device with it.
+func Grow(t testing.TB, device string, size int64) {
+	t.Helper()
+	backing, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "loop/backing_file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(strings.TrimSpace(string(backing)), size); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.OpenFile(device, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if err := unix.IoctlSetInt(int(file.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
+		t.Fatal(err)
+	}
 }
