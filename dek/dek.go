@@ -4,7 +4,10 @@
 package dek
 
 import (
+	"crypto/hkdf"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"strings"
 
@@ -18,18 +21,35 @@ const Size = 32
 // specification's size limits say) and some room for prefixes of our own.
 const maxID = 256
 
-// ID names one DEK: "<driver name>/<volume ID>" for a volume.
+// snapshotPrefix begins the IDs of snapshots and of no volume.
+const snapshotPrefix = "snap:"
+
+// ID names one DEK: "<driver name>/<volume ID>" for a volume,
+// "snap:<driver name>/<snapshot ID>" for a snapshot.
 type ID string
+
+// Snapshot says whether id is that of a snapshot: a disk that nobody opens and
+// that never changes.
+func (id ID) Snapshot() bool { return strings.HasPrefix(string(id), snapshotPrefix) }
 
 // VolumeID returns the DEK ID of a volume. The error says which part is bad.
 func VolumeID(driver, volume string) (ID, error) {
-	if driver == "" || strings.Contains(driver, "/") {
-		return "", fmt.Errorf("driver name %q: must not be empty or hold a slash", driver)
+	return join("", driver, "volume", volume)
+}
+
+// SnapshotID returns the DEK ID of a snapshot, likewise.
+func SnapshotID(driver, snapshot string) (ID, error) {
+	return join(snapshotPrefix, driver, "snapshot", snapshot)
+}
+
+func join(prefix, driver, what, id string) (ID, error) {
+	if driver == "" || strings.ContainsAny(driver, "/:") {
+		return "", fmt.Errorf("driver name %q: must not be empty or hold a slash or colon", driver)
 	}
-	if volume == "" {
-		return "", fmt.Errorf("volume ID is empty")
+	if id == "" {
+		return "", fmt.Errorf("%s ID is empty", what)
 	}
-	return ParseID(driver + "/" + volume)
+	return ParseID(prefix + driver + "/" + id)
 }
 
 // ParseID checks s: 1 to 256 bytes of printable ASCII without space, as every
@@ -52,7 +72,9 @@ type State string
 
 // The states, in their order. A node formats a device only for a DEK that is
 // Prepared (and then only where the device agrees); once it is Formatted,
-// nothing on the disk can make it blank again.
+// nothing on the disk can make it blank again. Rotating is formatted, with a
+// header that opens with Key or still with Previous: after RotateDEK, and for a
+// clone, whose disk begins as a copy of its source's.
 const (
 	Prepared  State = "prepared"
 	Formatted State = "formatted"
@@ -108,6 +130,21 @@ func (s Spec) Validate() error {
 type HeaderID struct {
 	UUID     string `json:"uuid,omitempty"`
 	Sequence uint64 `json:"sequence,omitempty"`
+	// Fingerprint is that of the DEK which the header was found or made to
+	// open with; see Fingerprint. Only what is confirmed with the new DEK's
+	// ends a rotation: a sequence alone may come from a node that had read
+	// the record before, and the old DEK would be lost. Not stored.
+	Fingerprint string `json:"fingerprint,omitempty"`
+}
+
+// Fingerprint names a DEK without telling anything about it: 16 bytes of
+// HKDF-SHA-256(key, no salt, "fingerprint") in hex.
+func Fingerprint(key secret.Bytes) string {
+	sum, err := hkdf.Key(sha256.New, key.Expose(), nil, "fingerprint", 16)
+	if err != nil {
+		panic(err) // only for a length that HKDF cannot give
+	}
+	return hex.EncodeToString(sum)
 }
 
 // Claim is a node's announcement that it is about to format: who, and with
@@ -117,14 +154,25 @@ type Claim struct {
 	UUID string `json:"uuid,omitempty"`
 }
 
-// DEK is one data encryption key and what the record says about it.
+// DEK is one data encryption key and what the record says about it. Whoever
+// got it calls Wipe.
 type DEK struct {
 	ID     ID
 	State  State
 	Spec   Spec
-	Claim  Claim    // zero until the first ClaimFormat
+	Source ID       // what it is a clone of; "" where it is none
+	Claim  Claim    // zero until the first ClaimFormat; without a node once it was released
 	Header HeaderID // zero until the first ConfirmDEK; then the floor
 	Key    secret.Bytes
+	// Previous is empty unless State is Rotating: then it is what the header
+	// may still have to be opened with, to give it Key and then be confirmed.
+	Previous secret.Bytes
+}
+
+// Wipe wipes Key and Previous.
+func (d DEK) Wipe() {
+	d.Key.Wipe()
+	d.Previous.Wipe()
 }
 
 // NewUUID returns a random (version 4) UUID for a header that is to be made.

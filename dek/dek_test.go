@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/secret"
 )
 
 func TestVolumeID(t *testing.T) {
@@ -19,6 +20,7 @@ func TestVolumeID(t *testing.T) {
 		{"d", "", "", false},
 		{"", "v", "", false},
 		{"a/b", "v", "", false},
+		{"snap:a", "v", "", false},
 		{"d", "with space", "", false},
 		{"d", "new\nline", "", false},
 		{"d", "ünicode", "", false},
@@ -29,6 +31,40 @@ func TestVolumeID(t *testing.T) {
 		if got != tt.want || (err == nil) != tt.ok {
 			t.Errorf("VolumeID(%q, %q) = %q, %v", tt.driver, tt.volume, got, err)
 		}
+	}
+}
+
+func TestSnapshotID(t *testing.T) {
+	snapshot, err := dek.SnapshotID("ebs.csi.aws.com", "snap-1")
+	if err != nil || snapshot != "snap:ebs.csi.aws.com/snap-1" || !snapshot.Snapshot() {
+		t.Errorf("SnapshotID = %q, %v", snapshot, err)
+	}
+	volume, err := dek.VolumeID("ebs.csi.aws.com", "snap:1")
+	if err != nil || volume.Snapshot() {
+		t.Errorf("volume %q, %v", volume, err)
+	}
+	for _, bad := range [][2]string{{"", "s"}, {"a:b", "s"}, {"d", ""}, {"d", "a b"}} {
+		if id, err := dek.SnapshotID(bad[0], bad[1]); err == nil {
+			t.Errorf("SnapshotID(%q) = %q", bad, id)
+		}
+	}
+}
+
+// TestFingerprint: a value computed with another implementation of HKDF, and
+// another for every key.
+func TestFingerprint(t *testing.T) {
+	key := secret.New(dek.Size)
+	defer key.Wipe()
+	for i := range key.Expose() {
+		key.Expose()[i] = byte(i)
+	}
+	if got, want := dek.Fingerprint(key), "dd630a267d5152021908e838369b9771"; got != want {
+		t.Errorf("Fingerprint = %s, want %s", got, want)
+	}
+	was := dek.Fingerprint(key)
+	key.Expose()[31] ^= 1
+	if dek.Fingerprint(key) == was {
+		t.Error("two keys have one fingerprint")
 	}
 }
 

@@ -162,7 +162,7 @@ func (d *Driver) expandMapping(ctx context.Context, v volume, st *state, m Mappi
 	if err != nil {
 		return m, err
 	}
-	defer key.Key.Wipe()
+	defer key.Wipe()
 	grown, err := d.cfg.Mapper.Resize(ctx, Volume{Name: v.mapping, Device: v.device()}, key)
 	if err != nil {
 		return m, err

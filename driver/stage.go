@@ -162,7 +162,7 @@ func (s *staging) stage(ctx context.Context) error {
 	if done, err := s.staged(); done || err != nil {
 		return err
 	}
-	defer func() { s.key.Key.Wipe() }()
+	defer func() { s.key.Wipe() }()
 	cause := s.run(ctx)
 	if cause == nil || retryable(cause) {
 		return cause

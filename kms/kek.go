@@ -32,7 +32,7 @@ type Options struct {
 // Call is one call to a service.
 type Call struct {
 	Scheme   string
-	Op       string // "wrap", "unwrap", "current-key-id" or "derive"
+	Op       string // one of the Op constants
 	Duration time.Duration
 	Err      error // as the caller gets it
 }
@@ -79,7 +79,7 @@ func (k *KEK) Name() string { return k.name }
 // CurrentKeyID returns the key ID that Wrap would use now.
 func (k *KEK) CurrentKeyID(ctx context.Context) (string, error) {
 	var id string
-	err := k.call(ctx, "current-key-id", func(ctx context.Context) (err error) {
+	err := k.call(ctx, OpCurrentKeyID, func(ctx context.Context) (err error) {
 		id, err = k.backend.CurrentKeyID(ctx)
 		if err == nil && (id == "" || len(id) > MaxName) {
 			err = errdefs.Errorf(errdefs.ErrState, "the service answered a key ID of %d bytes, must be 1 to %d", len(id), MaxName)
@@ -107,7 +107,7 @@ func (k *KEK) Wrap(ctx context.Context, id string, key secret.Bytes) (Wrapped, e
 	copy(bound.Expose()[sha256.Size:], key.Expose())
 
 	var w Wrapped
-	err := k.call(ctx, "wrap", func(ctx context.Context) (err error) {
+	err := k.call(ctx, OpWrap, func(ctx context.Context) (err error) {
 		w, err = k.backend.Wrap(ctx, bound.Expose(), []byte(id))
 		if err == nil {
 			err = w.check(errdefs.ErrState)
@@ -127,7 +127,7 @@ func (k *KEK) Unwrap(ctx context.Context, id string, w Wrapped) (secret.Bytes, e
 		return secret.Bytes{}, err
 	}
 	var key secret.Bytes
-	err := k.call(ctx, "unwrap", func(ctx context.Context) error {
+	err := k.call(ctx, OpUnwrap, func(ctx context.Context) error {
 		if err := w.check(errdefs.ErrCorrupt); err != nil {
 			return err
 		}
@@ -172,7 +172,7 @@ func (k *KEK) Derive(ctx context.Context, id string) (secret.Bytes, error) {
 		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "KEK %s: scheme %s cannot derive keys: configure a store for wrapped ones", k.name, k.scheme)
 	}
 	var key secret.Bytes
-	err := k.call(ctx, "derive", func(ctx context.Context) (err error) {
+	err := k.call(ctx, OpDerive, func(ctx context.Context) (err error) {
 		key, err = d.Derive(ctx, id)
 		if err == nil && key.Len() != KeySize {
 			n := key.Len()
@@ -257,14 +257,36 @@ func (k *KEK) fail(ctx context.Context, op string, err error) error {
 	if unavailable && ctx.Err() != nil {
 		return fmt.Errorf("KEK %s: %s: %w", k.name, op, ctx.Err())
 	}
-	text := err.Error()
-	if k.hide != nil {
-		text = k.hide.Replace(text)
-	}
+	text := k.redact(err)
 	if unavailable && errors.Is(err, context.DeadlineExceeded) && k.timeout > 0 {
 		text = fmt.Sprintf("no answer within %v (%s)", k.timeout, text)
 	}
-	return errdefs.Errorf(class, "KEK %s: %s: %s", k.name, op, text)
+	return errdefs.Errorf(class, "KEK %s: %s: %s%s", k.name, op, text, k.needs(op, err))
+}
+
+// redact is err's text without what its URI must not show.
+func (k *KEK) redact(err error) string {
+	if k.hide == nil {
+		return err.Error()
+	}
+	return k.hide.Replace(err.Error())
+}
+
+// needs names the permission that a refused call was for.
+func (k *KEK) needs(op string, err error) string {
+	if name := k.Permissions()[op]; name != "" && errors.Is(err, errdefs.ErrDenied) {
+		return " (needs " + name + ")"
+	}
+	return ""
+}
+
+// Permissions returns what the service calls the permission behind each
+// operation; empty where it has no names for them.
+func (k *KEK) Permissions() map[string]string {
+	if p, ok := k.backend.(Permitter); ok {
+		return p.Permissions()
+	}
+	return nil
 }
 
 // classOf returns what a backend's error means to a KEK's caller. A KEK that

@@ -17,6 +17,7 @@ package kms
 
 import (
 	"context"
+	"strings"
 
 	"github.com/cryptcsi/cryptcsi/secret"
 )
@@ -39,11 +40,22 @@ type Wrapped struct {
 	Ciphertext []byte
 	// KeyID is the service's exact name of the key that wrapped, its version included.
 	KeyID string
-	// Mechanism says how, for example "aes-256-gcm".
+	// Mechanism says how, for example "aes-256-gcm". It begins with
+	// PublicKeyPrefix exactly where wrapping needs no secret.
 	Mechanism string
 }
 
-// Backend is one KEK in one service, without policy. A KEK calls it: IDs and
+// PublicKeyPrefix begins every mechanism that wraps with a public key.
+const PublicKeyPrefix = "rsa-"
+
+// PublicKey says whether w was made, or pretends to have been made, with a
+// public key: then anybody can have made it, and what it is found in needs an
+// authenticator of its own. A backend unwraps by the mechanism that w names and
+// no other, so this cannot be lied about.
+func (w Wrapped) PublicKey() bool { return strings.HasPrefix(w.Mechanism, PublicKeyPrefix) }
+
+// Backend is one KEK in one service, without policy. Its methods may also be
+// those of Deriver, Manager, Fleet and Permitter. A KEK calls it: IDs and
 // sizes are checked, ctx has a deadline, Close is called once and after every
 // other call has returned. The other methods are called concurrently.
 //

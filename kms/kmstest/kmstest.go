@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/kms"
@@ -30,6 +31,19 @@ type Harness struct {
 	// under it and still unwraps the older ones. It runs last. nil where the
 	// service cannot rotate.
 	Rotate func(t *testing.T) *kms.KEK
+	// Disable disables Open's key, or takes the permission to use it away
+	// (Deny), and returns how to undo that. nil where the service cannot.
+	Disable, Deny func(t *testing.T) (undo func())
+	// Unreachable opens a KEK whose service nobody serves, and Slow one whose
+	// service accepts connections and never answers. nil without a network.
+	Unreachable, Slow func(t *testing.T) *kms.KEK
+	// PublicKey says that the service wraps with a public key.
+	PublicKey bool
+	// Deterministic says that a wrap of one key for one ID never changes (AES-KW).
+	Deterministic bool
+	// Stride looks at each so-many-th bit and length of a ciphertext only,
+	// for services that answer slowly; 0 is 1.
+	Stride int
 	// Secrets are the bytes (credentials, master secrets) that no error may show.
 	Secrets [][]byte
 }
@@ -56,6 +70,9 @@ func Run(t *testing.T, h Harness) {
 		{"BadArguments", s.badArguments},
 		{"Cancelled", s.cancelled},
 		{"Concurrent", s.concurrent},
+		{"Disabled", s.disabled},
+		{"Denied", s.denied},
+		{"Unreachable", s.unreachable},
 		{"Derive", s.derive},
 		{"Closed", s.closed},
 		{"Rotation", s.rotation},
@@ -163,8 +180,11 @@ func (s *suite) roundTrip(t *testing.T) {
 func (s *suite) freshCiphertexts(t *testing.T) {
 	kek, key := s.open(t), s.key(t)
 	a, b := s.wrap(t, kek, id, key), s.wrap(t, kek, id, key)
-	if bytes.Equal(a.Ciphertext, b.Ciphertext) {
-		t.Error("two wraps gave the same ciphertext")
+	if bytes.Equal(a.Ciphertext, b.Ciphertext) != s.Deterministic {
+		t.Errorf("two wraps gave the same ciphertext: %v", !s.Deterministic)
+	}
+	if a.PublicKey() != s.PublicKey {
+		t.Errorf("mechanism %q says public key: %v, which is wrong", a.Mechanism, a.PublicKey())
 	}
 	s.mustUnwrap(t, kek, id, a, key)
 	s.mustUnwrap(t, kek, id, b, key)
@@ -173,7 +193,7 @@ func (s *suite) freshCiphertexts(t *testing.T) {
 func (s *suite) bitFlips(t *testing.T) {
 	kek, key := s.open(t), s.key(t)
 	w := s.wrap(t, kek, id, key)
-	for bit := range 8 * len(w.Ciphertext) {
+	for bit := 0; bit < 8*len(w.Ciphertext); bit += max(s.Stride, 1) {
 		flipped := w
 		flipped.Ciphertext = bytes.Clone(w.Ciphertext)
 		flipped.Ciphertext[bit/8] ^= 1 << (bit % 8)
@@ -185,7 +205,7 @@ func (s *suite) bitFlips(t *testing.T) {
 func (s *suite) truncations(t *testing.T) {
 	kek, key := s.open(t), s.key(t)
 	w := s.wrap(t, kek, id, key)
-	for n := range len(w.Ciphertext) {
+	for n := 0; n < len(w.Ciphertext); n += max(s.Stride, 1) {
 		cut := w
 		cut.Ciphertext = w.Ciphertext[:n:n]
 		s.mustFail(t, fmt.Sprintf("the first %d bytes of %d", n, len(w.Ciphertext)), kek, id, cut, errdefs.ErrCorrupt)
@@ -341,6 +361,59 @@ func (s *suite) closed(t *testing.T) {
 		s.saw(err)
 		if err == nil {
 			t.Errorf("%s works after Close", op)
+		}
+	}
+}
+
+// disabled: a key that the service has switched off is a refusal, and no harm.
+func (s *suite) disabled(t *testing.T) { s.switchedOff(t, s.Disable) }
+
+// denied: so is a permission that was taken away, and it is named.
+func (s *suite) denied(t *testing.T) { s.switchedOff(t, s.Deny) }
+
+func (s *suite) switchedOff(t *testing.T, off func(*testing.T) func()) {
+	if off == nil {
+		return // a property of the service, said by its harness
+	}
+	kek, key := s.open(t), s.key(t)
+	w := s.wrap(t, kek, id, key)
+	undo := off(t)
+	_, err := kek.Wrap(t.Context(), id, key)
+	s.saw(err)
+	if !errors.Is(err, errdefs.ErrDenied) {
+		t.Errorf("Wrap: %v, want ErrDenied", err)
+	}
+	if name := kek.Permissions()[kms.OpWrap]; err != nil && !strings.Contains(err.Error(), name) {
+		t.Errorf("Wrap: %v does not name %s", err, name)
+	}
+	s.mustFail(t, "a key that was wrapped before", kek, id, w, errdefs.ErrDenied)
+	undo()
+	s.mustUnwrap(t, kek, id, w, key)
+}
+
+// unreachable: a service that is gone or hangs is ErrUnavailable in time.
+func (s *suite) unreachable(t *testing.T) {
+	for what, open := range map[string]func(*testing.T) *kms.KEK{"nobody there": s.Unreachable, "no answer": s.Slow} {
+		if open == nil {
+			continue
+		}
+		kek, key := open(t), s.key(t)
+		for op, call := range map[string]func() error{
+			"Wrap":         func() error { _, err := kek.Wrap(t.Context(), id, key); return err },
+			"CurrentKeyID": func() error { _, err := kek.CurrentKeyID(t.Context()); return err },
+		} {
+			start := time.Now()
+			err := call()
+			s.saw(err)
+			if !errors.Is(err, errdefs.ErrUnavailable) {
+				t.Errorf("%s, %s: %v, want ErrUnavailable", what, op, err)
+			}
+			if took := time.Since(start); took > kms.DefaultTimeout+5*time.Second {
+				t.Errorf("%s, %s: took %v", what, op, took)
+			}
+		}
+		if err := kek.Close(); err != nil {
+			t.Errorf("%s: Close: %v", what, err)
 		}
 	}
 }
