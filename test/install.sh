@@ -10,6 +10,10 @@
 #   go        a Go toolchain under .cache/go, where `go` is missing or too old
 #   qemu      QEMU, and the distribution's kernel unpacked under .cache/kernel
 #             (it is not installed on the machine)
+#   peers     the servers that tests of KMS and stores talk to: Debian packages,
+#             and programs built from test/peers/*/ into .tools/bin; or with
+#             peers=NAME only the one in test/peers/NAME. One whose folder holds a
+#             file on-demand takes minutes to build and has to be named
 #   tools     linters, built from the versions pinned in test/tools/go.mod
 #             into .tools/bin
 #
@@ -27,11 +31,17 @@ packages=(
 	# build
 	ca-certificates gcc git libc6-dev make pkg-config
 	libcryptsetup-dev libdevmapper-dev
+	protobuf-compiler
 	# used by the programs and by their tests
 	cryptsetup-bin dmsetup e2fsprogs xfsprogs btrfs-progs
 	kmod mount util-linux
 	# the guest kernel
 	user-mode-linux busybox-static
+)
+
+peer_packages=(
+	python3-pykmip  # a KMIP server
+	softhsm2 opensc # a PKCS#11 module, and a tool to ask it
 )
 
 say() { printf 'install: %s\n' "$*" >&2; }
@@ -198,13 +208,51 @@ install_tools() {
 	printf '%s\n' "$stamp" >"$root/.tools/stamp"
 }
 
+# build_peer DIRECTORY builds the program of a module, or the tools that its
+# go.mod names, or installs the npm packages of its lock file.
+build_peer() {
+	local name stamp
+	name=$(basename "$1")
+	stamp=$root/.tools/peer-$name
+	[ "$(cat "$stamp" 2>/dev/null)" = "$(peer_hash "$1")" ] && return
+	mkdir -p "$root/.tools/bin"
+	if [ -e "$1/package-lock.json" ]; then
+		rm -rf "$root/.tools/$name"
+		mkdir -p "$root/.tools/$name"
+		cp "$1/package.json" "$1/package-lock.json" "$root/.tools/$name/"
+		quietly "$name in .tools/$name" env -C "$root/.tools/$name" npm ci --no-audit --no-fund --ignore-scripts
+	elif [ -e "$1/main.go" ]; then
+		quietly "$name in .tools/bin" env -C "$1" GOFLAGS=-mod=readonly CGO_ENABLED=0 \
+			go build -trimpath -ldflags '-s -w' -o "$root/.tools/bin/$name" .
+	else
+		quietly "$name in .tools/bin" env -C "$1" GOFLAGS=-mod=readonly CGO_ENABLED=0 GOBIN="$root/.tools/bin" \
+			go install -trimpath -ldflags '-s -w' tool
+	fi
+	peer_hash "$1" >"$stamp"
+}
+
+peer_hash() { (cd "$1" && go env GOVERSION && sha256sum -- *) | sha256sum; }
+
+install_peers() { # NAME, or nothing for all
+	debian "${peer_packages[@]}"
+	command -v npm >/dev/null || debian nodejs npm # for azurite
+	install_go
+	local dir
+	for dir in "$root"/test/peers/${1:-*}/; do
+		[ -n "${1:-}" ] || [ ! -e "$dir/on-demand" ] || continue
+		if [ -e "$dir/go.mod" ] || [ -e "$dir/package-lock.json" ]; then build_peer "$dir"; fi
+	done
+}
+
 [ $# -gt 0 ] || set -- packages go
 for group; do
 	case $group in
 	packages) debian "${packages[@]}" ;;
 	go) install_go ;;
 	qemu) install_qemu ;;
+	peers) install_peers ;;
+	peers=*) install_peers "${group#peers=}" ;;
 	tools) install_tools ;;
-	*) fail "no group $group; there are: packages go qemu tools" ;;
+	*) fail "no group $group; there are: packages go qemu peers tools" ;;
 	esac
 done
