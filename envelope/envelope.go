@@ -5,14 +5,23 @@
 // A [Keyring] is what callers use. Its life cycle for one ID:
 //
 //	(none) ──CreateDEK──→ prepared ──ConfirmDEK──→ formatted
-//	                         └────────DeleteDEK────────┴──→ deleted, for ever
+//	                                               │       ↑
+//	                                          RotateDEK  ConfirmDEK of a header
+//	                                               ↓       │  with the new key
+//	(none) ──CloneDEK───────────────────────────→ rotating
+//
+//	any of these ──DeleteDEK──→ deleted ──Prune──→ deleted for good ──Forget──→ (none)
+//
+// Within its grace what was deleted comes back by RestoreDEK as it was.
 //
 // # What holds whatever fails
 //
 // Creating is create-only, every change is a compare-and-swap, and a key that
 // is handed out is one that was read back from the store. So no two callers
 // ever hold different keys for one ID, whoever races and whatever write's
-// answer is lost; and no change ever replaces a DEK.
+// answer is lost. A wrap is unwrapped once before it is stored. The one change
+// that replaces a DEK, RotateDEK, keeps the old one beside the new until a
+// header was confirmed that opens with the new one.
 //
 // # What the store can do
 //
@@ -20,12 +29,23 @@
 // record to another ID (the wrap is bound to it), or change a record in any
 // field (its MAC is keyed by the DEK). A rolled-back record is not
 // noticed here: the header's sequence number is, by whoever remembers a floor.
+//
+// Where wrapping is a public-key operation, whoever writes to the store could
+// also wrap a key that he knows and write a record that verifies under it. So
+// a record with such a wrap needs an authenticator under a secret that only
+// the cluster has (Options.RecordAuth), and is refused without. Everything
+// else gets one too once the secret is there, and it is checked wherever it
+// is: that shows a planted tombstone. Taking it away from a record without a
+// public-key wrap gains nothing: such a record is proven by its MAC, under a
+// key that nobody can wrap but who may use the KEK.
 package envelope
 
 import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
@@ -37,7 +57,8 @@ import (
 // A DEK has one size, which kms cannot take from dek.
 var _ [kms.KeySize]byte = [dek.Size]byte{}
 
-// Options of a Keyring. The zero value is good.
+// Options of a Keyring. The zero value is good, except for a KEK that wraps
+// with a public key.
 type Options struct {
 	// Attempts bounds how often a method tries in all while KMS or store
 	// are ErrUnavailable; 0 is 4, 1 never tries again.
@@ -47,33 +68,63 @@ type Options struct {
 	Backoff time.Duration
 	// Now gives the times in records; nil is time.Now.
 	Now func() time.Time
+	// RecordAuth is a random secret of the cluster, of 32 bytes or more, that
+	// authenticates records; see the package comment. All keyrings over the
+	// same stores need the same one. New takes it over. Empty is none.
+	RecordAuth secret.Bytes
+	// Grace is how long DeleteDEK keeps the wrapped key for RestoreDEK; 0
+	// destroys it at once.
+	Grace time.Duration
+	// Survives, if set, is told when a key was destroyed but a lock or a
+	// retention rule of the store keeps earlier versions of its record: until
+	// then whoever may use the KEK could unwrap it from them. It is called
+	// concurrently.
+	Survives func(id dek.ID, until time.Time)
 }
 
-// Keyring is DEKs behind one KEK and one store. Methods are idempotent and may
-// be called concurrently, also by several processes over one store. Errors are
-// of errdefs' classes or ctx's; ErrUnavailable means that the change may have
-// happened, and calling again finds out.
+// Keyring is DEKs behind KEKs and stores. Methods are idempotent and may be
+// called concurrently, also by several processes over the same stores. Errors
+// are of errdefs' classes or ctx's; ErrUnavailable means that the change may
+// have happened, and calling again finds out.
+//
+// The first KEK wraps; a wrapped key is unwrapped by the KEKs of the scheme
+// that its record names, tried in their order. New records go to the first
+// store; a record is looked for in all of them, in their order, and changed
+// where it is. Processes that create over the same stores must agree which is
+// the first: none of them sees what another creates elsewhere at that moment.
 type Keyring struct {
-	kek      *kms.KEK
-	store    Store
+	keks     []*kms.KEK
+	stores   []Store
+	auth     *authenticator // nil: none
+	grace    time.Duration
 	attempts int
 	backoff  time.Duration
 	now      func() time.Time
+	survives func(id dek.ID, until time.Time)
 }
 
-// New returns a Keyring and takes kek and store over: Close closes both (the
-// store if it is an io.Closer). ErrInvalid without a store; then both stay the
-// caller's.
-func New(kek *kms.KEK, store Store, o Options) (*Keyring, error) {
+// New returns a Keyring and takes KEKs, stores and Options.RecordAuth over:
+// Close closes them all (a store if it is an io.Closer). ErrInvalid without a
+// KEK or a store, or for a short secret; then all stay the caller's.
+func New(keks []*kms.KEK, stores []Store, o Options) (*Keyring, error) {
 	switch {
-	case kek == nil:
+	case len(keks) == 0 || slices.Contains(keks, nil):
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a keyring needs a KEK: configure a KMS URI")
-	case store == nil && kek.CanDerive():
-		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a keyring needs a store, also where the KEK (%s) could derive keys: configure a storage URI", kek.Name())
-	case store == nil:
-		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a keyring needs a store: the KEK (%s) cannot derive keys; configure a storage URI", kek.Name())
+	case (len(stores) == 0 || slices.Contains(stores, nil)) && keks[0].CanDerive():
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a keyring needs a store, also where the KEK (%s) could derive keys: configure a storage URI", keks[0].Name())
+	case len(stores) == 0 || slices.Contains(stores, nil):
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a keyring needs a store: the KEK (%s) cannot derive keys; configure a storage URI", keks[0].Name())
+	case o.Grace < 0:
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a grace of %v is below zero", o.Grace)
 	}
-	k := &Keyring{kek: kek, store: store, attempts: o.Attempts, backoff: o.Backoff, now: o.Now}
+	auth, err := newAuthenticator(o.RecordAuth)
+	if err != nil {
+		return nil, err
+	}
+	k := &Keyring{
+		keks: slices.Clone(keks), stores: slices.Clone(stores), auth: auth, grace: o.Grace,
+		attempts: o.Attempts, backoff: o.Backoff, now: o.Now, survives: o.Survives,
+	}
 	if k.attempts <= 0 {
 		k.attempts = 4
 	}
@@ -83,106 +134,158 @@ func New(kek *kms.KEK, store Store, o Options) (*Keyring, error) {
 	if k.now == nil {
 		k.now = time.Now
 	}
+	if k.survives == nil {
+		k.survives = func(dek.ID, time.Time) {}
+	}
 	return k, nil
 }
 
-// Close closes KEK and store. Calls under way may fail.
-func (k *Keyring) Close() error { return errors.Join(k.kek.Close(), closeStore(k.store)) }
+// Close closes KEKs and stores. Calls under way may fail.
+func (k *Keyring) Close() error {
+	var errs []error
+	for _, kek := range k.keks {
+		errs = append(errs, kek.Close())
+	}
+	for _, s := range k.stores {
+		errs = append(errs, closeStore(s))
+	}
+	k.auth.wipe()
+	return errors.Join(errs...)
+}
 
 // CreateDEK returns the DEK of that ID, made now or before; the caller wipes
-// its Key. ErrExists where it exists with another spec, the name included, and
-// where it was deleted: an ID never gets a second key.
+// it. ErrExists where it exists with another spec, the name included, or as a
+// clone, and where it was deleted: an ID never gets a second key.
 func (k *Keyring) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error) {
-	var d dek.DEK
-	err := k.try(ctx, id, func() error {
+	return k.make(ctx, id, spec, "")
+}
+
+// CloneDEK is CreateDEK for a volume or snapshot whose disk is a copy of
+// source's: it has a key of its own, and the key that opens the copy as its
+// previous one, wrapped for its own ID, so that no node ever asks for another
+// volume's. It begins as Rotating, with source's header as the floor; as
+// Prepared where source's disk was never formatted.
+//
+// The spec must be source's but for the name (ErrInvalid). ErrExists where a
+// DEK exists that is no clone of source. ErrConflict while source is being
+// rotated, because nobody knows then which key the copy has; not for a
+// snapshot, which nobody opens. Once the clone exists, source is not looked at.
+func (k *Keyring) CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error) {
+	if _, err := dek.ParseID(string(source)); err != nil || source == id {
+		return dek.DEK{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q cannot be a clone of %.300q", id, source)
+	}
+	return k.make(ctx, id, spec, source)
+}
+
+// make is CreateDEK and CloneDEK.
+func (k *Keyring) make(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (d dek.DEK, err error) {
+	err = k.try(ctx, id, func() error {
 		if err := validSpec(spec); err != nil {
 			return errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
 		}
 		r, _, err := k.load(ctx, id)
 		if errors.Is(err, errdefs.ErrNotFound) {
-			if err = k.create(ctx, id, spec); err == nil {
-				r, _, err = k.load(ctx, id)
+			if err := k.create(ctx, id, spec, source); err != nil {
+				return err
 			}
+			r, _, err = k.load(ctx, id)
+			err = seen(err)
 		}
 		switch {
-		case errors.Is(err, errdefs.ErrNotFound):
-			return errdefs.Errorf(errdefs.ErrUnavailable, "the store does not show the record that was just created")
 		case err != nil:
 			return err
 		case r.State == dek.Deleted:
-			return errdefs.Errorf(errdefs.ErrExists, "the DEK was deleted at %s and its ID never gets another: if the volume is really new, an operator has to forget the old one", r.Updated)
+			return errdefs.Errorf(errdefs.ErrExists, "the DEK %s and its ID never gets another: if the volume is really new, an operator has to forget the old one", r.deletion())
 		}
-		key, err := k.open(ctx, r)
+		got, err := k.dek(ctx, r)
 		if err != nil {
 			return err
 		}
-		if dek.Spec(r.Spec) != spec {
-			key.Wipe()
-			return errdefs.Errorf(errdefs.ErrExists, "a DEK exists with another spec: %+v is stored, %+v was asked for", dek.Spec(r.Spec), spec)
+		if got.Spec != spec || got.Source != source {
+			got.Wipe()
+			return errdefs.Errorf(errdefs.ErrExists, "a DEK exists with another spec: %+v%s is stored, %+v%s was asked for", got.Spec, ofSource(got.Source), spec, ofSource(source))
 		}
-		d = r.dek(key)
+		d = got
 		return nil
 	})
 	return d, err
 }
 
+func ofSource(source dek.ID) string {
+	if source == "" {
+		return ""
+	}
+	return " as a clone of " + string(source)
+}
+
+// seen turns a record that is missing right after it was written into what can
+// be tried again.
+func seen(err error) error {
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "the store does not show the record that was just created")
+	}
+	return err
+}
+
 // create stores a new DEK. nil where somebody else was faster: reading tells.
-func (k *Keyring) create(ctx context.Context, id dek.ID, spec dek.Spec) error {
+func (k *Keyring) create(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) error {
+	now := k.stamp(k.now())
+	r := &record{Version: recordVersion, ID: id, State: dek.Prepared, Spec: specV1(spec), Source: source, Created: now, Updated: now}
+	if source != "" {
+		if err := k.inherit(ctx, r); err != nil {
+			return fmt.Errorf("its source, DEK %s: %w", source, err)
+		}
+	}
 	key, err := secret.Read(rand.Reader, dek.Size)
 	if err != nil {
 		return err
 	}
 	defer key.Wipe()
-	w, err := k.kek.Wrap(ctx, string(id), key)
+	if r.Wrapped, err = k.wrap(ctx, id, key); err != nil {
+		return err
+	}
+	data, err := r.encode(key, k.auth)
 	if err != nil {
 		return err
 	}
-	now := k.stamp()
-	r := &record{Version: recordVersion, ID: id, State: dek.Prepared, Spec: specV1(spec), Created: now, Updated: now}
-	r.setWrapped(k.kek.Scheme(), w)
-	data, err := r.encode(key)
-	if err != nil {
-		return err
-	}
-	err = k.store.Create(ctx, ObjectName(id), data)
+	err = k.stores[0].Create(ctx, ObjectName(id), data)
 	if errors.Is(err, errdefs.ErrExists) {
 		return nil
 	}
 	return err
 }
 
-// GetDEK returns the DEK of that ID; the caller wipes its Key. ErrNotFound
-// where there is none or it was deleted; it never creates one.
-func (k *Keyring) GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error) {
-	var d dek.DEK
-	err := k.try(ctx, id, func() error {
+// GetDEK returns the DEK of that ID; the caller wipes it. ErrNotFound where
+// there is none or it was deleted; it never creates one.
+func (k *Keyring) GetDEK(ctx context.Context, id dek.ID) (d dek.DEK, err error) {
+	err = k.try(ctx, id, func() error {
 		r, _, err := k.load(ctx, id)
 		if err != nil {
 			return err
 		}
-		key, err := k.open(ctx, r)
-		if err != nil {
-			return err
-		}
-		d = r.dek(key)
-		return nil
+		d, err = k.dek(ctx, r)
+		return err
 	})
 	return d, err
 }
 
 // ClaimFormat records that a node is about to format with a LUKS UUID, and
-// returns the claim that holds: the node's earlier one, if any. ErrConflict
-// while another node holds the claim; ErrState unless the DEK is Prepared.
+// returns the claim that holds: the node's earlier one, if any, and the UUID
+// of one that was released, because the disk may carry its remains.
+// ErrConflict while another node holds the claim; ErrState unless the DEK is
+// Prepared.
 func (k *Keyring) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error) {
-	if err := validClaim(claim); err != nil {
+	if err := validClaim(claim, false); err != nil {
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: claim: %w", id, err)
 	}
 	var holds dek.Claim
-	err := k.change(ctx, id, func(r *record, _ secret.Bytes) (bool, error) {
-		free := r.Claim == claimV1{}
+	err := k.change(ctx, id, func(r *record, _ opened) (bool, error) {
+		free := r.Claim.Node == ""
 		switch {
 		case r.State != dek.Prepared:
 			return false, errdefs.Errorf(errdefs.ErrState, "the volume is %s: it must not be formatted again", r.State)
+		case free && r.Claim.UUID != "":
+			r.Claim.Node = claim.Node
 		case free:
 			r.Claim = claimV1(claim)
 		case r.Claim.Node != claim.Node:
@@ -197,102 +300,115 @@ func (k *Keyring) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (
 	return holds, nil
 }
 
+// ReleaseClaim takes back a node's claim, for an operator who knows that the
+// node does not format any more. Another node can then claim, and gets the
+// same UUID. nil where nobody holds a claim or the volume is formatted;
+// ErrConflict where another node holds it.
+func (k *Keyring) ReleaseClaim(ctx context.Context, id dek.ID, node string) error {
+	return k.change(ctx, id, func(r *record, _ opened) (bool, error) {
+		switch {
+		case r.State != dek.Prepared || r.Claim.Node == "":
+			return false, nil
+		case r.Claim.Node != node:
+			return false, errdefs.Errorf(errdefs.ErrConflict, "the claim is node %q's, not node %q's: it was left as it is", r.Claim.Node, node)
+		}
+		r.Claim.Node = ""
+		return true, nil
+	})
+}
+
 // ConfirmDEK records that the volume is formatted and raises the header floor
 // to h; a sequence below the floor changes nothing. ErrState where h is another
 // header than the one that was claimed or confirmed, or nothing was claimed.
+//
+// While Rotating, a header at or above the floor whose Fingerprint is the new
+// key's ends the rotation: the previous key is dropped. Any other only raises
+// the floor.
 func (k *Keyring) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error {
 	if err := validUUID(h.UUID); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: header: %w", id, err)
 	}
-	return k.change(ctx, id, func(r *record, _ secret.Bytes) (bool, error) {
+	return k.change(ctx, id, func(r *record, main opened) (bool, error) {
 		known := r.Header.UUID
 		if r.State == dek.Prepared {
 			known = r.Claim.UUID
 		}
+		rotated := r.State == dek.Rotating && h.Fingerprint == dek.Fingerprint(main.key) && h.Sequence >= r.Header.Sequence
 		switch {
 		case known == "":
 			return false, errdefs.Errorf(errdefs.ErrState, "header %s cannot be confirmed: no node has claimed the format", h.UUID)
 		case known != h.UUID:
 			return false, errdefs.Errorf(errdefs.ErrState, "header %s cannot be confirmed: the volume's header is %s; is this another disk?", h.UUID, known)
-		case r.State == dek.Formatted && h.Sequence <= r.Header.Sequence:
+		case rotated:
+			r.State, r.Previous = dek.Formatted, wrappedV1{}
+		case r.State == dek.Prepared:
+			r.State = dek.Formatted
+		case h.Sequence <= r.Header.Sequence:
 			return false, nil
 		}
-		r.State, r.Header = dek.Formatted, headerV1(h)
+		r.Header = headerV1{UUID: h.UUID, Sequence: h.Sequence}
 		return true, nil
-	})
-}
-
-// RewrapDEK wraps the DEK under the KEK's current key, unless it is already.
-// The DEK itself stays. ErrState where it was deleted.
-func (k *Keyring) RewrapDEK(ctx context.Context, id dek.ID) error {
-	return k.change(ctx, id, func(r *record, key secret.Bytes) (bool, error) {
-		current, err := k.kek.CurrentKeyID(ctx)
-		if err != nil || r.Wrapped.KeyID == current {
-			return false, err
-		}
-		w, err := k.kek.Wrap(ctx, string(id), key)
-		if err != nil {
-			return false, err
-		}
-		// The old wrap is about to go: the new one must be good.
-		again, err := k.kek.Unwrap(ctx, string(id), w)
-		if err != nil {
-			return false, err
-		}
-		defer again.Wipe()
-		if !again.Equal(key) {
-			return false, errdefs.Errorf(errdefs.ErrState, "the KMS gave back another key than it had wrapped: the record was left as it is")
-		}
-		r.setWrapped(k.kek.Scheme(), w)
-		return true, nil
-	})
-}
-
-// DeleteDEK destroys the wrapped key and leaves a tombstone, which keeps the
-// ID from ever getting another key. It needs no KMS. nil where it was deleted
-// before; ErrNotFound where there never was one.
-func (k *Keyring) DeleteDEK(ctx context.Context, id dek.ID) error {
-	return k.try(ctx, id, func() error {
-		r, version, err := k.load(ctx, id)
-		if err != nil || r.State == dek.Deleted {
-			return err
-		}
-		tombstone := &record{Version: recordVersion, ID: id, State: dek.Deleted, Spec: r.Spec, Created: r.Created, Updated: k.stamp()}
-		return k.replace(ctx, tombstone, secret.Bytes{}, version)
 	})
 }
 
 // change applies edit, which says whether it changed something, to the record
-// as it is stored; ErrState for a tombstone. edit may run several times, each time on a fresh record.
-func (k *Keyring) change(ctx context.Context, id dek.ID, edit func(r *record, key secret.Bytes) (bool, error)) error {
+// as it is stored; ErrState for a tombstone. edit may run several times, each
+// time on a fresh record. It leaves r.Wrapped a wrap of main.key.
+func (k *Keyring) change(ctx context.Context, id dek.ID, edit func(r *record, main opened) (bool, error)) error {
 	return k.try(ctx, id, func() error {
-		r, version, err := k.load(ctx, id)
+		r, at, err := k.load(ctx, id)
 		if err != nil {
 			return err
 		}
 		if r.State == dek.Deleted {
-			return errdefs.Errorf(errdefs.ErrState, "it was deleted at %s; what it encrypted is gone", r.Updated)
+			return errdefs.Errorf(errdefs.ErrState, "it %s", r.deletion())
 		}
-		key, err := k.open(ctx, r)
+		main, err := k.open(ctx, r)
 		if err != nil {
 			return err
 		}
-		defer key.Wipe()
-		changed, err := edit(r, key)
+		defer main.key.Wipe()
+		changed, err := edit(r, main)
 		if err != nil || !changed {
 			return err
 		}
-		r.Updated = k.stamp()
-		return k.replace(ctx, r, key, version)
+		r.Updated = k.stamp(k.now())
+		return k.replace(ctx, r, main.key, at)
 	})
 }
 
-// load reads the record of id. Its fields are checked, its MAC is not.
-func (k *Keyring) load(ctx context.Context, id dek.ID) (*record, string, error) {
-	data, version, err := k.store.Read(ctx, ObjectName(id))
-	if errors.Is(err, errdefs.ErrNotFound) {
-		return nil, "", errdefs.Errorf(errdefs.ErrNotFound, "there is no record of this DEK in the store")
+// place is where a record was read, and which version of it.
+type place struct {
+	store   Store
+	version string
+}
+
+// load reads the record of id from the first store that has it. ErrNotFound
+// only where every store says so. Its fields and its authenticator are
+// checked, its MAC is not.
+func (k *Keyring) load(ctx context.Context, id dek.ID) (*record, place, error) {
+	for i, store := range k.stores {
+		r, version, err := k.read(ctx, store, ObjectName(id))
+		switch {
+		case errors.Is(err, errdefs.ErrNotFound):
+			continue
+		case err == nil && r.ID != id:
+			err = errdefs.Errorf(errdefs.ErrCorrupt, "the record in its place is that of %s", r.ID)
+		}
+		if err != nil && len(k.stores) > 1 {
+			err = fmt.Errorf("store %d of %d: %w", i+1, len(k.stores), err)
+		}
+		if err != nil {
+			return nil, place{}, err
+		}
+		return r, place{store, version}, nil
 	}
+	return nil, place{}, errdefs.Errorf(errdefs.ErrNotFound, "there is no record of this DEK in the store")
+}
+
+// read is load for one object of one store.
+func (k *Keyring) read(ctx context.Context, store Store, name string) (*record, string, error) {
+	data, version, err := store.Read(ctx, name)
 	if err != nil {
 		return nil, "", err
 	}
@@ -300,43 +416,80 @@ func (k *Keyring) load(ctx context.Context, id dek.ID) (*record, string, error) 
 	if err != nil {
 		return nil, "", err
 	}
-	if r.ID != id {
-		return nil, "", errdefs.Errorf(errdefs.ErrCorrupt, "the record in its place is that of %s", r.ID)
-	}
-	return r, version, nil
+	return r, version, k.auth.check(r)
+}
+
+// opened is an unwrapped key, and the index of the KEK that did it.
+type opened struct {
+	key secret.Bytes
+	kek int
 }
 
 // open unwraps the key of r and checks r's MAC; the caller wipes the key.
-func (k *Keyring) open(ctx context.Context, r *record) (secret.Bytes, error) {
+func (k *Keyring) open(ctx context.Context, r *record) (opened, error) {
 	if r.State == dek.Deleted {
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrNotFound, "it was deleted at %s; what it encrypted is gone", r.Updated)
+		return opened{}, errdefs.Errorf(errdefs.ErrNotFound, "it %s", r.deletion())
 	}
-	if r.Wrapped.Scheme != k.kek.Scheme() {
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrState, "it is wrapped under a KEK of scheme %.100q and this process has %s: configure the other KMS", r.Wrapped.Scheme, k.kek.Name())
-	}
-	key, err := k.kek.Unwrap(ctx, string(r.ID), r.wrappedKey())
+	main, err := k.unwrap(ctx, r.ID, r.Wrapped)
 	if err != nil {
-		return secret.Bytes{}, err
+		return opened{}, err
 	}
-	if err := r.verify(key); err != nil {
-		key.Wipe()
-		return secret.Bytes{}, err
+	if err := r.verify(main.key); err != nil {
+		main.key.Wipe()
+		return opened{}, err
 	}
-	return key, nil
+	return main, nil
+}
+
+// dek opens r and returns what it says, with its keys; the caller wipes them.
+func (k *Keyring) dek(ctx context.Context, r *record) (dek.DEK, error) {
+	main, err := k.open(ctx, r)
+	if err != nil {
+		return dek.DEK{}, err
+	}
+	var previous opened
+	if !r.Previous.IsZero() {
+		if previous, err = k.unwrap(ctx, r.ID, r.Previous); err != nil {
+			main.key.Wipe()
+			return dek.DEK{}, fmt.Errorf("the previous key: %w", err)
+		}
+	}
+	return dek.DEK{
+		ID:       r.ID,
+		State:    r.State,
+		Spec:     dek.Spec(r.Spec),
+		Source:   r.Source,
+		Claim:    dek.Claim(r.Claim),
+		Header:   dek.HeaderID{UUID: r.Header.UUID, Sequence: r.Header.Sequence},
+		Key:      main.key,
+		Previous: previous.key,
+	}, nil
 }
 
 // replace stores r in place of the version that was read: errRaced where
 // that is no longer there.
-func (k *Keyring) replace(ctx context.Context, r *record, key secret.Bytes, version string) error {
-	data, err := r.encode(key)
+func (k *Keyring) replace(ctx context.Context, r *record, key secret.Bytes, at place) error {
+	data, err := r.encode(key, k.auth)
 	if err != nil {
 		return err
 	}
-	err = k.store.Replace(ctx, ObjectName(r.ID), data, version)
+	return raced(at.store.Replace(ctx, ObjectName(r.ID), data, at.version))
+}
+
+// raced marks a lost compare-and-swap.
+func raced(err error) error {
 	if errors.Is(err, errdefs.ErrConflict) {
 		return errdefs.Errorf(errdefs.ErrConflict, "its record keeps being changed by others: %w", errRaced)
 	}
 	return err
 }
 
-func (k *Keyring) stamp() string { return k.now().UTC().Format(timeFormat) }
+func (k *Keyring) stamp(t time.Time) string { return t.UTC().Format(timeFormat) }
+
+// deletion says in words what became of a tombstone's DEK.
+func (r *record) deletion() string {
+	if r.Expires != "" {
+		return fmt.Sprintf("was deleted at %s; until its key is destroyed, after %s, an operator can restore it", r.Updated, r.Expires)
+	}
+	return fmt.Sprintf("was deleted at %s; what it encrypted is gone", r.Updated)
+}

@@ -1,7 +1,6 @@
 package envelope_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
@@ -22,7 +21,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/keyclient/keyclienttest"
 	"github.com/cryptcsi/cryptcsi/kms"
-	"github.com/cryptcsi/cryptcsi/kms/all"
+	"github.com/cryptcsi/cryptcsi/kms/cluster"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
@@ -55,7 +54,7 @@ func clusterKEK(t *testing.T, numbers ...byte) *kms.KEK {
 	if len(files) > 2 {
 		uri += "&previous-secret-file=" + files[2] + "&previous-salt-file=" + files[3]
 	}
-	kek, err := all.Mux().Open(t.Context(), uri)
+	kek, err := (kms.Mux{cluster.Scheme: cluster.Open}).Open(t.Context(), uri)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +63,7 @@ func clusterKEK(t *testing.T, numbers ...byte) *kms.KEK {
 
 func newKeyring(t *testing.T, kek *kms.KEK, s envelope.Store, o envelope.Options) *envelope.Keyring {
 	t.Helper()
-	k, err := envelope.New(kek, s, o)
+	k, err := envelope.New([]*kms.KEK{kek}, []envelope.Store{s}, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,52 +104,90 @@ func TestContract(t *testing.T) {
 func TestVectors(t *testing.T) {
 	const uuid = "0b9c1a52-6f0e-4d5b-9a3e-8f1c2d3e4f50"
 	store := openStore(t, "mem://")
-	k := newKeyring(t, clusterKEK(t, 0, 32), store, envelope.Options{})
+	k := newKeyring(t, clusterKEK(t, 0, 32), store, envelope.Options{RecordAuth: countUp(64)})
 	defer k.Close()
-	for n, v := range []struct {
+	for _, v := range []struct {
 		file string
+		n    int // of its key
 		want dek.DEK
 	}{
-		{"prepared", dek.DEK{ID: "ebs.csi.aws.com/vol-1", State: dek.Prepared, Spec: dek.Spec{Cipher: dek.CipherXTS}}},
-		{"claimed", dek.DEK{
+		{"prepared", 1, dek.DEK{ID: "ebs.csi.aws.com/vol-1", State: dek.Prepared, Spec: dek.Spec{Cipher: dek.CipherXTS}}},
+		{"claimed", 2, dek.DEK{
 			ID: "pd.csi.storage.gke.io/projects/p/zones/z/disks/d", State: dek.Prepared,
 			Spec:  dek.Spec{Name: "pvc-2", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
 			Claim: dek.Claim{Node: "node-a", UUID: uuid},
 		}},
-		{"formatted", dek.DEK{
+		{"formatted", 3, dek.DEK{
 			ID: "disk.csi.azure.com/subscriptions/s/disks/d", State: dek.Formatted,
 			Spec:  dek.Spec{Name: "päth <&> \u2028 \\ \"q\"\t😀", Cipher: dek.CipherXTS},
 			Claim: dek.Claim{Node: "node-b.example.com", UUID: uuid}, Header: dek.HeaderID{UUID: uuid, Sequence: 1<<64 - 1},
 		}},
-		{"formatted-no-sequence", dek.DEK{
+		{"formatted-no-sequence", 4, dek.DEK{
 			ID: dek.ID("v/" + strings.Repeat("~", 254)), State: dek.Formatted,
 			Spec:  dek.Spec{Name: "n", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
 			Claim: dek.Claim{Node: "n", UUID: uuid}, Header: dek.HeaderID{UUID: uuid},
 		}},
+		{"rotating", 6, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-6", State: dek.Rotating, Spec: dek.Spec{Name: "pvc-6", Cipher: dek.CipherXTS},
+			Claim: dek.Claim{Node: "node-c", UUID: uuid}, Header: dek.HeaderID{UUID: uuid, Sequence: 9},
+		}},
+		{"clone-authenticated", 7, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-7", State: dek.Rotating, Source: "snap:ebs.csi.aws.com/snap-1",
+			Spec:   dek.Spec{Name: "pvc-7", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
+			Header: dek.HeaderID{UUID: uuid, Sequence: 2},
+		}},
+		{"released", 8, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-8", State: dek.Prepared, Spec: dek.Spec{Cipher: dek.CipherXTS},
+			Claim: dek.Claim{UUID: uuid},
+		}},
+		{"deleted-with-grace", 9, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-9", State: dek.Rotating, Source: "ebs.csi.aws.com/vol-1",
+			Spec:  dek.Spec{Name: "pvc-9", Cipher: dek.CipherXTS},
+			Claim: dek.Claim{Node: "node-d", UUID: uuid}, Header: dek.HeaderID{UUID: uuid, Sequence: 3},
+		}},
 	} {
-		want := make([]byte, dek.Size)
-		for i := range want {
-			want[i] = byte(32*(n+1) + i)
-		}
 		putVector(t, store, v.file, v.want.ID)
+		if strings.HasPrefix(v.file, "deleted") {
+			if _, err := k.GetDEK(t.Context(), v.want.ID); !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), "2026-04-03T05:06:07Z") {
+				t.Errorf("%s: %v, want ErrNotFound that says how long it can be restored", v.file, err)
+			}
+			if err := k.RestoreDEK(t.Context(), v.want.ID); err != nil {
+				t.Errorf("%s: RestoreDEK: %v", v.file, err)
+			}
+		}
 		got, err := k.GetDEK(t.Context(), v.want.ID)
 		if err != nil {
 			t.Errorf("%s: %v", v.file, err)
 			continue
 		}
-		if !bytes.Equal(got.Key.Expose(), want) {
-			t.Errorf("%s: another key", v.file)
+		v.want.Key = countUp(byte(32 * v.n))
+		if v.want.State == dek.Rotating {
+			v.want.Previous = countUp(byte(32 * v.n))
+			for i := range v.want.Previous.Expose() {
+				v.want.Previous.Expose()[i] ^= 0xff
+			}
 		}
-		got.Key.Wipe()
-		got.Key = secret.Bytes{}
 		if diff := cmp.Diff(v.want, got, cmp.Comparer(secret.Bytes.Equal)); diff != "" {
 			t.Errorf("%s: (-want +got)\n%s", v.file, diff)
 		}
+		got.Wipe()
+		v.want.Wipe()
 	}
-	putVector(t, store, "deleted", "ebs.csi.aws.com/vol-5")
-	if _, err := k.GetDEK(t.Context(), "ebs.csi.aws.com/vol-5"); !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), "2026-02-03T04:05:06Z") {
-		t.Errorf("deleted: %v, want ErrNotFound with the time", err)
+	for file, id := range map[string]dek.ID{"deleted": "ebs.csi.aws.com/vol-5", "deleted-authenticated": "ebs.csi.aws.com/vol-10"} {
+		putVector(t, store, file, id)
+		if _, err := k.GetDEK(t.Context(), id); !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), "2026-02-03T04:05:06Z") {
+			t.Errorf("%s: %v, want ErrNotFound with the time", file, err)
+		}
 	}
+}
+
+// countUp returns 32 bytes that count up from the first.
+func countUp(first byte) secret.Bytes {
+	s := secret.New(32)
+	for i := range s.Expose() {
+		s.Expose()[i] = first + byte(i)
+	}
+	return s
 }
 
 func putVector(t *testing.T, store envelope.Store, file string, id dek.ID) {
@@ -171,7 +208,7 @@ func create(t *testing.T, k *envelope.Keyring, id dek.ID) dek.DEK {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(d.Key.Wipe)
+	t.Cleanup(d.Wipe)
 	return d
 }
 
@@ -376,17 +413,23 @@ func TestRewrapChecksTheNewWrap(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	store := openStore(t, "mem://")
+	fake := fakeKEK(kmstest.NewBackend())
 	for name, tt := range map[string]struct {
-		kek   *kms.KEK
-		store envelope.Store
-		want  string
+		keks   []*kms.KEK
+		stores []envelope.Store
+		o      envelope.Options
+		want   string
 	}{
-		"no KEK":                        {nil, store, "KMS URI"},
-		"no store":                      {fakeKEK(kmstest.NewBackend()), nil, "cannot derive"},
-		"no store, a KEK that derives":  {clusterKEK(t, 0, 32), nil, "also where the KEK"},
-		"neither, which is about a KEK": {nil, nil, "KMS URI"},
+		"no KEK":                        {nil, []envelope.Store{store}, envelope.Options{}, "KMS URI"},
+		"a KEK and no KEK":              {[]*kms.KEK{fake, nil}, []envelope.Store{store}, envelope.Options{}, "KMS URI"},
+		"no store":                      {[]*kms.KEK{fake}, nil, envelope.Options{}, "cannot derive"},
+		"a store and no store":          {[]*kms.KEK{fake}, []envelope.Store{store, nil}, envelope.Options{}, "cannot derive"},
+		"no store, a KEK that derives":  {[]*kms.KEK{clusterKEK(t, 0, 32)}, nil, envelope.Options{}, "also where the KEK"},
+		"neither, which is about a KEK": {nil, nil, envelope.Options{}, "KMS URI"},
+		"a short secret":                {[]*kms.KEK{fake}, []envelope.Store{store}, envelope.Options{RecordAuth: secret.New(31)}, "31 bytes, at least 32"},
+		"a grace below zero":            {[]*kms.KEK{fake}, []envelope.Store{store}, envelope.Options{Grace: -1}, "below zero"},
 	} {
-		_, err := envelope.New(tt.kek, tt.store, envelope.Options{})
+		_, err := envelope.New(tt.keks, tt.stores, tt.o)
 		if !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want ErrInvalid with %q", name, err, tt.want)
 		}

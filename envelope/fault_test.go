@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/envelope"
@@ -17,21 +18,30 @@ import (
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
-// story takes one DEK through its life and checks each step; a step that fails
-// is called again, a few times, as kubelet would. It returns how many calls failed.
+// cloneID is that of a clone of id.
+const cloneID = id + "-clone"
+
+// story takes one DEK, and a clone of it, through their lives and checks each
+// step; a step that fails is called again, a few times, as kubelet would.
 type story struct {
 	*testing.T
 	k      *envelope.Keyring
-	rotate func()
-	key    secret.Bytes // the first one seen
-	failed int
+	clock  *clock
+	rotate func()         // the KEK
+	keys   []secret.Bytes // of id, the newest last
+	clone  secret.Bytes
+	stale  bool // a read may give what was: it is called once more
+	failed int  // how many calls
 }
 
 func (s *story) step(name string, f func(ctx context.Context) error) {
 	s.Helper()
 	var err error
 	for range 5 {
-		if err = f(s.Context()); err == nil {
+		if err = f(s.Context()); err == nil && s.stale {
+			err = f(s.Context())
+		}
+		if err == nil {
 			return
 		}
 		s.failed++
@@ -39,113 +49,216 @@ func (s *story) step(name string, f func(ctx context.Context) error) {
 	s.Fatalf("%s does not converge: %v", name, err)
 }
 
-// see notes a key that was handed out: it must be the first one.
-func (s *story) see(name string, key secret.Bytes) {
+// wrong is an error that only a stale read explains.
+func (s *story) wrong(format string, args ...any) error {
 	s.Helper()
-	if s.key.Len() == 0 {
-		s.key = key
-		return
+	if !s.stale {
+		s.Errorf(format, args...)
 	}
-	if !key.Equal(s.key) {
-		s.Errorf("%s gave a second key for one ID", name)
-	}
-	key.Wipe()
+	return fmt.Errorf(format, args...)
 }
 
-func (s *story) get(name string) (d dek.DEK) {
-	s.step(name, func(ctx context.Context) (err error) {
-		if d, err = s.k.GetDEK(ctx, id); err == nil {
-			s.see(name, d.Key)
-		}
+// see checks keys that were handed out: after rotations, previous is set while
+// one goes on.
+func (s *story) see(d dek.DEK, err error, rotations int, previous bool) error {
+	s.Helper()
+	if err != nil {
 		return err
+	}
+	defer d.Wipe()
+	if len(s.keys) == rotations {
+		s.keys = append(s.keys, d.Key.Clone())
+	}
+	if len(s.keys) != rotations+1 || !d.Key.Equal(s.keys[rotations]) {
+		return s.wrong("another key after %d rotations", rotations)
+	}
+	if previous != (d.Previous.Len() > 0) || previous && !d.Previous.Equal(s.keys[rotations-1]) {
+		return s.wrong("another previous key after %d rotations", rotations)
+	}
+	return nil
+}
+
+func (s *story) get(name string, rotations int, previous bool) {
+	s.Helper()
+	s.step(name, func(ctx context.Context) error {
+		d, err := s.k.GetDEK(ctx, id)
+		return s.see(d, err, rotations, previous)
 	})
-	return d
 }
 
 func (s *story) run() {
-	defer s.key.Wipe()
 	uuid := dek.NewUUID()
+	s.create(uuid)
+	s.rotation(uuid)
+	s.cloning(uuid)
+	s.end()
+	for _, key := range append(s.keys, s.clone) {
+		key.Wipe()
+	}
+}
+
+func (s *story) create(uuid string) {
 	for range 2 {
 		s.step("CreateDEK", func(ctx context.Context) error {
 			d, err := s.k.CreateDEK(ctx, id, spec())
-			if err == nil {
-				s.see("CreateDEK", d.Key)
+			return s.see(d, err, 0, false)
+		})
+	}
+	s.get("GetDEK", 0, false)
+	claim := func(node string) {
+		s.step("ClaimFormat", func(ctx context.Context) error {
+			c, err := s.k.ClaimFormat(ctx, id, dek.Claim{Node: node, UUID: uuid})
+			if err == nil && c != (dek.Claim{Node: node, UUID: uuid}) {
+				return s.wrong("ClaimFormat = %+v", c)
 			}
 			return err
 		})
 	}
-	s.get("GetDEK")
-	s.step("ClaimFormat", func(ctx context.Context) error {
-		c, err := s.k.ClaimFormat(ctx, id, dek.Claim{Node: "n", UUID: uuid})
-		if err == nil && c.UUID != uuid {
-			s.Errorf("ClaimFormat = %+v", c)
-		}
-		return err
-	})
+	claim("m")
+	s.step("ReleaseClaim", func(ctx context.Context) error { return s.k.ReleaseClaim(ctx, id, "m") })
+	claim("n")
 	for _, sequence := range []uint64{1, 2} {
 		s.step("ConfirmDEK", func(ctx context.Context) error {
 			return s.k.ConfirmDEK(ctx, id, dek.HeaderID{UUID: uuid, Sequence: sequence})
 		})
 	}
-	s.rotate()
-	s.step("RewrapDEK", func(ctx context.Context) error { return s.k.RewrapDEK(ctx, id) })
-	s.get("GetDEK after RewrapDEK")
-	s.step("DeleteDEK", func(ctx context.Context) error { return s.k.DeleteDEK(ctx, id) })
 }
 
-// TestOneFaultAnywhere runs the story with one fault at each call to the store
-// in turn, then one at each call to the KMS.
-func TestOneFaultAnywhere(t *testing.T) {
-	type outcome struct{ storeCalls, kmsCalls, failed int }
-	run := func(t *testing.T, attempts, at int, fault envelopetest.Fault, kmsAt int) outcome {
-		fake := kmstest.NewBackend()
-		kmsCalls := 0
-		fake.SetFault(func(string) error {
-			kmsCalls++
-			if kmsCalls-1 == kmsAt {
-				return errors.New("connection reset")
+func (s *story) rotation(uuid string) {
+	s.rotate()
+	s.step("RewrapDEK", func(ctx context.Context) error { return s.k.RewrapDEK(ctx, id) })
+	s.get("GetDEK after RewrapDEK", 0, false)
+	s.rotate()
+	for range 2 {
+		s.step("RotateDEK", func(ctx context.Context) error {
+			d, err := s.k.RotateDEK(ctx, id)
+			return s.see(d, err, 1, true)
+		})
+	}
+	s.step("RewrapDEK", func(ctx context.Context) error { return s.k.RewrapDEK(ctx, id) })
+	s.step("RewrapDEKAlways", func(ctx context.Context) error { return s.k.RewrapDEKAlways(ctx, id) })
+	s.get("GetDEK while rotating", 1, true)
+	s.step("ConfirmDEK", func(ctx context.Context) error {
+		return s.k.ConfirmDEK(ctx, id, dek.HeaderID{UUID: uuid, Sequence: 3, Fingerprint: dek.Fingerprint(s.keys[1])})
+	})
+	s.get("GetDEK after the rotation", 1, false)
+}
+
+func (s *story) cloning(uuid string) {
+	for range 2 {
+		s.step("CloneDEK", func(ctx context.Context) error {
+			d, err := s.k.CloneDEK(ctx, cloneID, spec(), id)
+			if err != nil {
+				return err
+			}
+			defer d.Wipe()
+			if s.clone.Len() == 0 {
+				s.clone = d.Key.Clone()
+			}
+			if !d.Key.Equal(s.clone) || !d.Previous.Equal(s.keys[1]) {
+				return s.wrong("CloneDEK gave other keys")
 			}
 			return nil
 		})
-		store := envelopetest.NewFaultStore(openStore(t, "mem://"), func(call int, _ string) envelopetest.Fault {
-			if call == at {
-				return fault
-			}
-			return envelopetest.None
-		})
-		s := &story{T: t, k: newKeyring(t, fakeKEK(fake), store, fast(attempts)), rotate: fake.Rotate}
-		s.run()
-		if _, err := s.k.GetDEK(t.Context(), id); !errors.Is(err, errdefs.ErrNotFound) {
-			t.Errorf("GetDEK at the end: %v", err)
-		}
-		return outcome{store.Calls(), kmsCalls, s.failed}
 	}
-	calm := run(t, 1, -1, envelopetest.None, -1)
-	if calm.failed != 0 || calm.storeCalls < 14 || calm.kmsCalls < 10 {
+	s.step("ConfirmDEK of the clone", func(ctx context.Context) error {
+		return s.k.ConfirmDEK(ctx, cloneID, dek.HeaderID{UUID: uuid, Sequence: 4, Fingerprint: dek.Fingerprint(s.clone)})
+	})
+	s.step("GetDEK of the clone", func(ctx context.Context) error {
+		d, err := s.k.GetDEK(ctx, cloneID)
+		defer d.Wipe()
+		if err == nil && (!d.Key.Equal(s.clone) || d.State != dek.Formatted) {
+			return s.wrong("the clone is %+v", d)
+		}
+		return err
+	})
+}
+
+func (s *story) end() {
+	s.step("DeleteDEK", func(ctx context.Context) error { return s.k.DeleteDEK(ctx, id) })
+	s.step("RestoreDEK", func(ctx context.Context) error { return s.k.RestoreDEK(ctx, id) })
+	s.get("GetDEK after RestoreDEK", 1, false)
+	s.step("Prune of a living one", func(ctx context.Context) error { _, err := s.k.Prune(ctx, id); return err })
+	s.step("DeleteDEK", func(ctx context.Context) error { return s.k.DeleteDEK(ctx, id) })
+	s.clock.advance(time.Hour)
+	s.step("List", func(ctx context.Context) error {
+		infos, _, err := s.k.List(ctx, "", 10)
+		if err == nil && len(infos) != 2 {
+			return s.wrong("List = %+v", infos)
+		}
+		return err
+	})
+	s.step("Prune", func(ctx context.Context) error { _, err := s.k.Prune(ctx, id); return err })
+	s.step("Forget", func(ctx context.Context) error {
+		if err := s.k.Forget(ctx, id); !errors.Is(err, errdefs.ErrNotFound) {
+			return err
+		}
+		return nil // by the call whose answer was lost
+	})
+}
+
+// TestOneFaultAnywhere runs the story with each fault at each call to the store
+// and to the KMS in turn; TestFaultsInRaces has those that are missing here.
+func TestOneFaultAnywhere(t *testing.T) {
+	type outcome struct{ storeCalls, kmsCalls, failed int }
+	run := func(t *testing.T, attempts, storeAt int, storeFault envelopetest.Fault, kmsAt int, kmsFault kmstest.Fault) (o outcome) {
+		synctest.Test(t, func(t *testing.T) {
+			fake := kmstest.NewBackend()
+			service := kmstest.NewFaultBackend(fake, func(call int, _ string) kmstest.Fault {
+				if call == kmsAt {
+					return kmsFault
+				}
+				return kmstest.None
+			})
+			store := envelopetest.NewFaultStore(openStore(t, "mem://"), func(call int, _ string) envelopetest.Fault {
+				if call == storeAt {
+					return storeFault
+				}
+				return envelopetest.None
+			})
+			c := newClock()
+			options := c.options()
+			options.Attempts, options.Grace, options.RecordAuth = attempts, time.Hour, recordSecret()
+			s := &story{T: t, k: newKeyring(t, fakeKEK(service), store, options), clock: c, rotate: fake.Rotate, stale: storeFault == envelopetest.Stale}
+			s.run()
+			o = outcome{store.Calls(), service.Calls(), s.failed}
+			if _, err := s.k.GetDEK(t.Context(), id); !errors.Is(err, errdefs.ErrNotFound) {
+				t.Errorf("GetDEK at the end: %v", err)
+			}
+		})
+		return o
+	}
+	calm := run(t, 1, -1, 0, -1, 0)
+	if calm.failed != 0 || calm.storeCalls < 50 || calm.kmsCalls < 40 {
 		t.Fatalf("without a fault: %+v", calm)
 	}
-	for at := range calm.storeCalls - 1 { // the last call is the check at the end
-		for fault, name := range map[envelopetest.Fault]string{envelopetest.Fail: "Fail", envelopetest.Lose: "Lose", envelopetest.Stale: "Stale"} {
-			t.Run(fmt.Sprintf("store/%d/%s", at, name), func(t *testing.T) {
-				once := run(t, 1, at, fault, -1)
-				if fault != envelopetest.Stale && once.failed != 1 {
-					t.Errorf("with one attempt %d calls failed, want 1", once.failed)
-				}
-				if retried := run(t, 3, at, fault, -1); fault != envelopetest.Stale && retried.failed != 0 {
-					t.Errorf("with three attempts %d calls failed, want 0", retried.failed)
-				}
+	// A call that the first attempt loses is seen by the caller, or tried
+	// again: in turns, and the other way round for the other fault.
+	check := func(t *testing.T, got outcome, attempts int, loud bool) {
+		switch {
+		case loud && attempts == 1 && got.failed != 1, loud && attempts > 1 && got.failed != 0:
+			t.Errorf("%d calls failed with %d attempts", got.failed, attempts)
+		case got.failed > 1:
+			t.Errorf("%d calls failed by one fault", got.failed)
+		}
+	}
+	for at := range calm.storeCalls {
+		for fault, attempts := range map[envelopetest.Fault]int{
+			envelopetest.Fail: 1 + at%2, envelopetest.Lose: 2 - at%2, envelopetest.Stale: 3,
+		} {
+			t.Run(fmt.Sprintf("store/%d/%d", at, fault), func(t *testing.T) {
+				check(t, run(t, attempts, at, fault, -1, 0), attempts, fault == envelopetest.Fail || fault == envelopetest.Lose)
 			})
 		}
 	}
 	for at := range calm.kmsCalls {
-		t.Run(fmt.Sprintf("kms/%d", at), func(t *testing.T) {
-			if once := run(t, 1, -1, envelopetest.None, at); once.failed != 1 {
-				t.Errorf("with one attempt %d calls failed, want 1", once.failed)
-			}
-			if retried := run(t, 2, -1, envelopetest.None, at); retried.failed != 0 {
-				t.Errorf("with two attempts %d calls failed, want 0", retried.failed)
-			}
-		})
+		for fault, attempts := range map[kmstest.Fault]int{
+			kmstest.Fail: 1 + at%2, kmstest.Stale: 1, kmstest.Nonsense: 3,
+		} {
+			t.Run(fmt.Sprintf("kms/%d/%d", at, fault), func(t *testing.T) {
+				check(t, run(t, attempts, -1, 0, at, fault), attempts, fault == kmstest.Fail)
+			})
+		}
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -24,10 +25,13 @@ import (
 // recordVersion is the version of every record that this package writes.
 const recordVersion = 1
 
-// labelRecord is the HKDF label of the key of the record's MAC.
-const labelRecord = "record"
+// The HKDF labels of the keys of a record's MAC and of its authenticator.
+const (
+	labelRecord = "record"
+	labelAuth   = "record-auth"
+)
 
-// timeFormat of created and updated: UTC, whole seconds.
+// timeFormat of all times: UTC, whole seconds.
 const timeFormat = "2006-01-02T15:04:05Z"
 
 // record is what a store holds for one DEK, as JSON. Version 1 is final: a
@@ -38,8 +42,8 @@ const timeFormat = "2006-01-02T15:04:05Z"
 // Only space between tokens and escapes within strings are free.
 //
 // The MAC is HMAC-SHA-256 under HKDF-SHA-256(DEK, no salt, "record"), over
-// each field but "mac" in ascending order of its path. A path is the names
-// from the outside in, joined by '/'. A field counts as
+// each field but "mac" and "auth" in ascending order of its path. A path is
+// the names from the outside in, joined by '/'. A field counts as
 //
 //	len(path) path len(value) value
 //
@@ -47,19 +51,30 @@ const timeFormat = "2006-01-02T15:04:05Z"
 // 'n' with the number as it is written. So a field that a later build adds to
 // version 1 does not change the MAC of a record without it.
 //
-// A tombstone (state "deleted") has no wrapped key, so no MAC either: nobody
-// could check it.
+// The authenticator is the same over the same fields, under
+// HKDF-SHA-256(record-auth secret, no salt, "record-auth"); see authenticator.
+//
+// A tombstone (state "deleted") is bare: it has no wrapped key, so no MAC
+// either, because nobody could check it. Within its grace, which "expires"
+// ends, it still has all that the record had, the MAC as it stood included,
+// and in "was" the two fields that deleting changed: former puts the record
+// together again, and the MAC tells whether that is what was deleted.
 type record struct {
-	Version int       `json:"version"`
-	ID      dek.ID    `json:"id"`
-	State   dek.State `json:"state"`
-	Spec    specV1    `json:"spec"`
-	Wrapped wrappedV1 `json:"wrapped,omitzero"`
-	Claim   claimV1   `json:"claim,omitzero"`
-	Header  headerV1  `json:"header,omitzero"`
-	Created string    `json:"created"`
-	Updated string    `json:"updated"`
-	MAC     []byte    `json:"mac,omitempty"`
+	Version  int       `json:"version"`
+	ID       dek.ID    `json:"id"`
+	State    dek.State `json:"state"`
+	Spec     specV1    `json:"spec"`
+	Wrapped  wrappedV1 `json:"wrapped,omitzero"`
+	Previous wrappedV1 `json:"previous,omitzero"` // what the header may still open with, while rotating
+	Source   dek.ID    `json:"source,omitempty"`  // what it is a clone of
+	Claim    claimV1   `json:"claim,omitzero"`
+	Header   headerV1  `json:"header,omitzero"`
+	Created  string    `json:"created"`
+	Updated  string    `json:"updated"`
+	Expires  string    `json:"expires,omitempty"` // of a tombstone with a key: when that may be destroyed
+	Was      wasV1     `json:"was,omitzero"`
+	MAC      []byte    `json:"mac,omitempty"`
+	Auth     []byte    `json:"auth,omitempty"`
 }
 
 // The parts are declared here, and converted, so that a change to the types
@@ -78,12 +93,16 @@ type (
 		Ciphertext []byte `json:"ciphertext"` // nil only in a tombstone
 	}
 	claimV1 struct {
-		Node string `json:"node,omitempty"`
+		Node string `json:"node,omitempty"` // "" once the claim was released
 		UUID string `json:"uuid,omitempty"`
 	}
 	headerV1 struct {
 		UUID     string `json:"uuid,omitempty"`
 		Sequence uint64 `json:"sequence,omitempty"`
+	}
+	wasV1 struct {
+		State   dek.State `json:"state,omitempty"`
+		Updated string    `json:"updated,omitempty"`
 	}
 )
 
@@ -92,28 +111,42 @@ func (w wrappedV1) IsZero() bool {
 	return w.Scheme == "" && w.KeyID == "" && w.Mechanism == "" && w.Ciphertext == nil
 }
 
-func (r *record) wrappedKey() kms.Wrapped {
-	return kms.Wrapped{Ciphertext: r.Wrapped.Ciphertext, KeyID: r.Wrapped.KeyID, Mechanism: r.Wrapped.Mechanism}
+// complete says whether there is all that unwrapping takes.
+func (w wrappedV1) complete() bool {
+	return w.Scheme != "" && w.KeyID != "" && w.Mechanism != "" && len(w.Ciphertext) > 0
 }
 
-func (r *record) setWrapped(scheme string, w kms.Wrapped) {
-	r.Wrapped = wrappedV1{Scheme: scheme, KeyID: w.KeyID, Mechanism: w.Mechanism, Ciphertext: w.Ciphertext}
+func (w wrappedV1) kms() kms.Wrapped {
+	return kms.Wrapped{Ciphertext: w.Ciphertext, KeyID: w.KeyID, Mechanism: w.Mechanism}
 }
 
-// dek returns what the record says, with key as its key.
-func (r *record) dek(key secret.Bytes) dek.DEK {
-	return dek.DEK{
-		ID:     r.ID,
-		State:  r.State,
-		Spec:   dek.Spec(r.Spec),
-		Claim:  dek.Claim(r.Claim),
-		Header: dek.HeaderID(r.Header),
-		Key:    key,
+// publicKey says whether anybody could have made one of r's wraps.
+func (r *record) publicKey() bool {
+	return r.Wrapped.kms().PublicKey() || r.Previous.kms().PublicKey()
+}
+
+// former returns the record that a tombstone within its grace was made of.
+func (r *record) former() *record {
+	f := *r
+	f.State, f.Updated = r.Was.State, r.Was.Updated
+	f.Expires, f.Was, f.Auth = "", wasV1{}, nil
+	return &f
+}
+
+// tombstone returns what takes the place of r: with r's key until then if
+// expires is not "".
+func (r *record) tombstone(now, expires string) *record {
+	if expires == "" {
+		return &record{Version: recordVersion, ID: r.ID, State: dek.Deleted, Spec: r.Spec, Created: r.Created, Updated: now}
 	}
+	t := *r
+	t.State, t.Updated = dek.Deleted, now
+	t.Expires, t.Was = expires, wasV1{State: r.State, Updated: r.Updated}
+	return &t
 }
 
-// decodeRecord reads a record and checks everything but its MAC. ErrCorrupt,
-// except for a version or a state that only a later build knows: ErrState.
+// decodeRecord reads a record and checks everything but MAC and authenticator.
+// ErrCorrupt, except for a version that only a later build knows: ErrState.
 func decodeRecord(data []byte) (*record, error) {
 	if len(data) > MaxObject {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record has %d bytes, at most %d", len(data), MaxObject)
@@ -136,25 +169,27 @@ func decodeRecord(data []byte) (*record, error) {
 	if err := r.sameFields(data); err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record is not in its one form: %w", err)
 	}
-	if r.State == dek.Rotating {
-		return nil, errdefs.Errorf(errdefs.ErrState, "the DEK is being rotated, which this build cannot: upgrade it")
-	}
 	if err := r.validate(); err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record contradicts itself: %w", err)
 	}
 	return r, nil
 }
 
-// encode returns the record with a MAC under key (or without, for a
-// tombstone). ErrInvalid where a decoder would refuse it.
-func (r *record) encode(key secret.Bytes) ([]byte, error) {
-	r.MAC = nil
+// encode returns the record with a MAC under key (a tombstone keeps what it
+// has) and, unless a is nil, with an authenticator. ErrInvalid where a decoder
+// would refuse it.
+func (r *record) encode(key secret.Bytes, a *authenticator) ([]byte, error) {
+	var err error
 	if r.State != dek.Deleted {
-		mac, err := r.mac(key)
-		if err != nil {
+		if r.MAC, err = r.mac(key); err != nil {
 			return nil, err
 		}
-		r.MAC = mac
+	}
+	r.Auth = nil
+	if a != nil {
+		if r.Auth, err = a.sum(r); err != nil {
+			return nil, err
+		}
 	}
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -181,9 +216,17 @@ func (r *record) verify(key secret.Bytes) error {
 
 // mac computes the record's MAC.
 func (r *record) mac(key secret.Bytes) ([]byte, error) {
-	bare := *r
-	bare.MAC = nil
-	data, err := json.Marshal(&bare)
+	macKey, err := hkdf.Key(sha256.New, key.Expose(), nil, labelRecord, sha256.Size)
+	if err != nil {
+		return nil, fmt.Errorf("HKDF: %w", err)
+	}
+	defer clear(macKey)
+	return r.sum(macKey)
+}
+
+// sum is HMAC-SHA-256 over the fields.
+func (r *record) sum(macKey []byte) ([]byte, error) {
+	data, err := json.Marshal(r.unsigned())
 	if err != nil {
 		return nil, fmt.Errorf("encoding the record: %w", err)
 	}
@@ -191,11 +234,6 @@ func (r *record) mac(key secret.Bytes) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encoding the record: %w", err)
 	}
-	macKey, err := hkdf.Key(sha256.New, key.Expose(), nil, labelRecord, sha256.Size)
-	if err != nil {
-		return nil, fmt.Errorf("HKDF: %w", err)
-	}
-	defer clear(macKey)
 	h := hmac.New(sha256.New, macKey)
 	for _, path := range slices.Sorted(maps.Keys(fields)) {
 		for _, part := range []string{path, fields[path]} {
@@ -247,35 +285,84 @@ func (r *record) validate() error {
 		return err
 	}
 	for _, t := range []string{r.Created, r.Updated} {
-		if parsed, err := time.Parse(timeFormat, t); err != nil || parsed.Format(timeFormat) != t {
-			return fmt.Errorf("time %.40q is not like %s", t, timeFormat)
+		if err := validTime(t); err != nil {
+			return err
 		}
+	}
+	if r.Auth != nil && len(r.Auth) != sha256.Size {
+		return fmt.Errorf("an authenticator of %d bytes", len(r.Auth))
+	}
+	if r.State == dek.Deleted {
+		return r.validateTombstone()
+	}
+	return r.validateLive()
+}
+
+func (r *record) validateTombstone() error {
+	if r.Expires == "" {
+		bare := record{Version: r.Version, ID: r.ID, State: r.State, Spec: r.Spec, Created: r.Created, Updated: r.Updated}
+		if !reflect.DeepEqual(bare, *r.unsigned()) || r.MAC != nil {
+			return fmt.Errorf("deleted without a grace, but not empty")
+		}
+		return nil
+	}
+	if err := validTime(r.Expires); err != nil {
+		return err
+	}
+	if r.Was.State == dek.Deleted {
+		return fmt.Errorf("deleted twice")
+	}
+	if err := r.former().validate(); err != nil {
+		return fmt.Errorf("what was deleted: %w", err)
+	}
+	return nil
+}
+
+func (r *record) validateLive() error {
+	if r.Expires != "" || r.Was != (wasV1{}) {
+		return fmt.Errorf("it is not deleted, but says when")
 	}
 	switch r.State {
 	case dek.Prepared:
 		if r.Header != (headerV1{}) {
 			return fmt.Errorf("prepared, but with a header")
 		}
-	case dek.Formatted:
+	case dek.Formatted, dek.Rotating:
 		if err := validUUID(r.Header.UUID); err != nil {
 			return fmt.Errorf("header: %w", err)
 		}
-	case dek.Deleted:
-		if !r.Wrapped.IsZero() || r.Claim != (claimV1{}) || r.Header != (headerV1{}) || r.MAC != nil {
-			return fmt.Errorf("deleted, but not empty")
-		}
-		return nil
 	default:
 		return fmt.Errorf("state %.40q is not known", r.State)
 	}
 	if r.Claim != (claimV1{}) {
-		if err := validClaim(dek.Claim(r.Claim)); err != nil {
+		if err := validClaim(dek.Claim(r.Claim), true); err != nil {
 			return fmt.Errorf("claim: %w", err)
 		}
 	}
-	w := r.Wrapped
-	if w.Scheme == "" || w.KeyID == "" || w.Mechanism == "" || len(w.Ciphertext) == 0 || len(r.MAC) != sha256.Size {
+	if r.Source != "" {
+		if _, err := dek.ParseID(string(r.Source)); err != nil || r.Source == r.ID {
+			return fmt.Errorf("source %.300q", r.Source)
+		}
+	}
+	if !r.Wrapped.complete() || len(r.MAC) != sha256.Size {
 		return fmt.Errorf("an incomplete wrapped key, or a MAC of %d bytes", len(r.MAC))
+	}
+	if (r.State == dek.Rotating) != r.Previous.complete() || !r.Previous.complete() && !r.Previous.IsZero() {
+		return fmt.Errorf("a previous key goes with state %s, and with no other", dek.Rotating)
+	}
+	return nil
+}
+
+// unsigned returns r without MAC and authenticator.
+func (r *record) unsigned() *record {
+	u := *r
+	u.MAC, u.Auth = nil, nil
+	return &u
+}
+
+func validTime(t string) error {
+	if parsed, err := time.Parse(timeFormat, t); err != nil || parsed.Format(timeFormat) != t {
+		return fmt.Errorf("time %.40q is not like %s", t, timeFormat)
 	}
 	return nil
 }
@@ -288,8 +375,9 @@ func validSpec(s dek.Spec) error {
 	return s.Validate()
 }
 
-func validClaim(c dek.Claim) error {
-	if c.Node == "" || len(c.Node) > 256 || !utf8.ValidString(c.Node) {
+// validClaim checks a claim; one that was released has a UUID alone.
+func validClaim(c dek.Claim, released bool) error {
+	if c.Node == "" && !released || len(c.Node) > 256 || !utf8.ValidString(c.Node) {
 		return fmt.Errorf("node name of %d bytes: must be 1 to 256 of UTF-8", len(c.Node))
 	}
 	return validUUID(c.UUID)

@@ -85,7 +85,7 @@ func TestDecodeIsStrict(t *testing.T) {
 		"bad state":              swap(`"prepared"`, `"blank"`),
 		"formatted, no header":   formatted,
 		"prepared, a header":     swap(`"version": 1,`, `"version": 1, "header": {"uuid": "0b9c1a52-6f0e-4d5b-9a3e-8f1c2d3e4f50"},`),
-		"claim without a node":   swap(`"node": "node-a",`, ``),
+		"claim without a UUID":   strings.Replace(swap(`"node": "node-a",`, `"node": "node-a"`), `"uuid": "0b9c1a52-6f0e-4d5b-9a3e-8f1c2d3e4f50"`, ``, 1),
 		"claim with a bad UUID":  swap(`0b9c1a52`, `0B9C1A52`),
 		"deleted, but not empty": swap(`"prepared"`, `"deleted"`),
 		"time with an offset":    swap(`2026-01-02T03:04:06Z`, `2026-01-02T03:04:06+00:00`),
@@ -104,13 +104,64 @@ func TestDecodeIsStrict(t *testing.T) {
 			t.Errorf("%s: an error of %d bytes", name, len(err.Error()))
 		}
 	}
-	for name, later := range map[string]string{
-		"version 2": swap(`"version": 1,`, `"version": 2, "what": ["ever"],`),
-		"rotating":  swap(`"prepared"`, `"rotating"`),
-	} {
-		if _, err := decodeRecord([]byte(later)); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "upgrade") {
-			t.Errorf("%s: %v, want ErrState that says to upgrade", name, err)
+	for name, bad := range moreBadRecords(t) {
+		if r, err := decodeRecord([]byte(bad)); !errors.Is(err, errdefs.ErrCorrupt) {
+			t.Errorf("%s: %+v, %v, want ErrCorrupt", name, r, err)
 		}
+	}
+	later := swap(`"version": 1,`, `"version": 2, "what": ["ever"],`)
+	if _, err := decodeRecord([]byte(later)); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "upgrade") {
+		t.Errorf("version 2: %v, want ErrState that says to upgrade", err)
+	}
+}
+
+// moreBadRecords are changes to records with later fields.
+func moreBadRecords(t *testing.T) map[string]string {
+	all := vectors(t)
+	change := func(file string, set map[string]any) string {
+		fields := map[string]any{}
+		if err := json.Unmarshal(all[file], &fields); err != nil {
+			t.Fatal(err)
+		}
+		for name, value := range set {
+			if value == nil {
+				delete(fields, name)
+			} else {
+				fields[name] = value
+			}
+		}
+		data, err := json.Marshal(fields)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	wrap := map[string]any{"scheme": "cluster", "key_id": "k", "mechanism": "m", "ciphertext": "AAAA"}
+	was := map[string]any{"state": "formatted", "updated": "2026-01-02T03:04:06Z"}
+	const later, short = "2027-01-02T03:04:06Z", "AAAA"
+	return map[string]string{
+		"rotating without a previous key": change("rotating", map[string]any{"previous": nil}),
+		"rotating without a header":       change("rotating", map[string]any{"header": nil}),
+		"formatted with a previous key":   change("rotating", map[string]any{"state": "formatted"}),
+		"prepared with a previous key":    change("claimed", map[string]any{"previous": wrap}),
+		"half a previous key":             change("rotating", map[string]any{"previous": map[string]any{"scheme": "cluster"}}),
+		"half a previous key, formatted":  change("formatted", map[string]any{"previous": map[string]any{"scheme": "cluster"}}),
+		"a clone of itself":               change("released", map[string]any{"source": "ebs.csi.aws.com/vol-8"}),
+		"a clone of a bad ID":             change("released", map[string]any{"source": "a b"}),
+		"a short authenticator":           change("rotating", map[string]any{"auth": short}),
+		"an empty authenticator":          change("rotating", map[string]any{"auth": ""}),
+		"alive, but expires":              change("rotating", map[string]any{"expires": later}),
+		"alive, but was":                  change("rotating", map[string]any{"was": was}),
+		"a grace without a key":           change("deleted", map[string]any{"expires": later}),
+		"a grace that was nothing":        change("deleted-with-grace", map[string]any{"was": nil}),
+		"a grace of something else":       change("deleted-with-grace", map[string]any{"was": was}),
+		"deleted twice":                   change("deleted-with-grace", map[string]any{"was": map[string]any{"state": "deleted", "updated": later}}),
+		"a grace without an end":          change("deleted-with-grace", map[string]any{"expires": nil}),
+		"a grace with a bad end":          change("deleted-with-grace", map[string]any{"expires": "tomorrow"}),
+		"a grace without a MAC":           change("deleted-with-grace", map[string]any{"mac": nil}),
+		"a bare tombstone with a MAC":     change("deleted", map[string]any{"mac": short}),
+		"a bare tombstone with a source":  change("deleted", map[string]any{"source": "a/b"}),
+		"a bare tombstone with a key":     change("deleted", map[string]any{"previous": wrap}),
 	}
 }
 
@@ -118,13 +169,19 @@ func TestDecodeIsStrict(t *testing.T) {
 // verifying must fail. It checks first that the record verifies as it is.
 func TestMACCoversEverything(t *testing.T) {
 	changed := 0
-	for name, n := range map[string]byte{"prepared": 1, "claimed": 2, "formatted": 3, "formatted-no-sequence": 4} {
+	for name, n := range map[string]byte{
+		"prepared": 1, "claimed": 2, "formatted": 3, "formatted-no-sequence": 4,
+		"rotating": 6, "clone-authenticated": 7, "released": 8, "deleted-with-grace": 9,
+	} {
 		key := countUp(32*n, 32)
 		defer key.Wipe()
 		check := func(data []byte) error {
 			r, err := decodeRecord(data)
 			if err != nil {
 				return err
+			}
+			if r.State == dek.Deleted {
+				r = r.former()
 			}
 			return r.verify(key)
 		}
@@ -137,10 +194,18 @@ func TestMACCoversEverything(t *testing.T) {
 			t.Errorf("%s verifies under another key", name)
 		}
 		other.Wipe()
-		if name != "claimed" && name != "formatted" {
-			continue // these two have every field
+		if name != "claimed" && name != "formatted" && name != "clone-authenticated" {
+			continue // these have every field
 		}
+		from := 0
+		if name == "clone-authenticated" { // the first part is like the others
+			from = bytes.Index(good, []byte(`"previous"`))
+		}
+		auth := bytes.Index(good, []byte(`"auth"`)) // not the MAC's business
 		for i, c := range good {
+			if i < from || auth >= 0 && i > auth {
+				continue
+			}
 			bad := bytes.Clone(good)
 			if bad[i] = '1'; c == '1' {
 				bad[i] = '2'
@@ -155,6 +220,48 @@ func TestMACCoversEverything(t *testing.T) {
 		}
 	}
 	if changed < 1000 {
+		t.Errorf("only %d changes were tried", changed)
+	}
+}
+
+// TestAuthenticatorCoversEverything likewise, tombstones included; all but the
+// MAC, which is a key's own business.
+func TestAuthenticatorCoversEverything(t *testing.T) {
+	a, err := newAuthenticator(countUp(64, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.wipe()
+	changed := 0
+	for _, name := range []string{"deleted-with-grace", "deleted-authenticated"} { // all fields, and the least
+		good := vectors(t)[name]
+		check := func(data []byte) error {
+			r, err := decodeRecord(data)
+			if err != nil {
+				return err
+			}
+			return a.check(r)
+		}
+		if err := check(good); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		mac := bytes.Index(good, []byte(`"mac"`))
+		auth := bytes.Index(good, []byte(`"auth"`))
+		for i, c := range good {
+			bad := bytes.Clone(good)
+			if bad[i] = '1'; c == '1' {
+				bad[i] = '2'
+			}
+			if mac >= 0 && i > mac && i < auth || strings.ContainsRune(" \n{}:,\"\\", rune(c)) || !json.Valid(bad) {
+				continue
+			}
+			changed++
+			if check(bad) == nil {
+				t.Errorf("%s: byte %d changed from %q to %q goes unnoticed", name, i, c, bad[i])
+			}
+		}
+	}
+	if changed < 800 {
 		t.Errorf("only %d changes were tried", changed)
 	}
 }
@@ -193,6 +300,10 @@ func FuzzRecord(f *testing.F) {
 	}
 	f.Add([]byte(`{"version":2}`))
 	key := countUp(1, 32)
+	a, err := newAuthenticator(countUp(2, 32))
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		r, err := decodeRecord(data)
 		if err != nil {
@@ -207,11 +318,17 @@ func FuzzRecord(f *testing.F) {
 		if _, err := dek.ParseID(string(r.ID)); err != nil || dek.Spec(r.Spec).Validate() != nil {
 			t.Errorf("accepted %+v", r)
 		}
-		if (r.State == dek.Formatted) != (r.Header.UUID != "") || (r.State == dek.Deleted) != (len(r.Wrapped.Ciphertext) == 0) {
+		live := r
+		if r.State == dek.Deleted && r.Expires != "" {
+			live = r.former()
+		}
+		hasHeader := live.State == dek.Formatted || live.State == dek.Rotating
+		if hasHeader != (live.Header.UUID != "") || (live.State == dek.Rotating) != live.Previous.complete() ||
+			(live.State == dek.Deleted) != (len(live.Wrapped.Ciphertext) == 0) || live.State != dek.Deleted && live.Expires != "" {
 			t.Errorf("accepted %+v", r)
 		}
 		before := *r
-		again, err := r.encode(key)
+		again, err := r.encode(key, a)
 		if err != nil {
 			if len(data) > MaxObject/8 {
 				return // escapes and indentation may make it too large
@@ -226,8 +343,12 @@ func FuzzRecord(f *testing.F) {
 			if err := second.verify(key); err != nil {
 				t.Error(err)
 			}
+			before.MAC, second.MAC = nil, nil // that of a tombstone stays
 		}
-		before.MAC, second.MAC = nil, nil
+		if err := a.check(second); err != nil {
+			t.Error(err)
+		}
+		before.Auth, second.Auth = nil, nil
 		a, _ := json.Marshal(before)
 		b, _ := json.Marshal(second)
 		if !bytes.Equal(a, b) {

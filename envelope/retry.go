@@ -21,13 +21,22 @@ const raceBackoff = 10 * time.Millisecond
 // errRaced is a lost compare-and-swap.
 var errRaced = errors.New("lost a race")
 
-// try runs op for a valid ID until it succeeds, fails for good, or has been
-// tried often enough. op begins by reading the record. So starting over also
-// finds out what became of a write whose answer was lost: it is seen as done.
+// try is retry for a method about one DEK, whose ID it checks and names in
+// errors. op begins by reading the record. So starting over also finds out
+// what became of a write whose answer was lost: it is seen as done.
 func (k *Keyring) try(ctx context.Context, id dek.ID, op func() error) error {
 	if _, err := dek.ParseID(string(id)); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
 	}
+	if err := k.retry(ctx, op); err != nil {
+		return fmt.Errorf("DEK %s: %w", id, err)
+	}
+	return nil
+}
+
+// retry runs op until it succeeds, fails for good, or has been tried often
+// enough.
+func (k *Keyring) retry(ctx context.Context, op func() error) error {
 	failures, races := 0, 0
 	for {
 		err := op()
@@ -42,10 +51,10 @@ func (k *Keyring) try(ctx context.Context, id dek.ID, op func() error) error {
 			pause = k.backoff << min(failures, 10)
 			failures++
 		default:
-			return fmt.Errorf("DEK %s: %w", id, err)
+			return err
 		}
 		if !sleep(ctx, pause/2+rand.N(pause/2+1)) {
-			return fmt.Errorf("DEK %s: %w (at last: %s)", id, ctx.Err(), err.Error()) // of ctx's class alone
+			return fmt.Errorf("%w (at last: %s)", ctx.Err(), err.Error()) // of ctx's class alone
 		}
 	}
 }

@@ -6,6 +6,11 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -48,19 +53,69 @@ type Store interface {
 // the object of an ID with sha256sum. The ID itself is a field of the record.
 func ObjectName(id dek.ID) string {
 	digest := sha256.Sum256([]byte(id))
-	return "dek-" + hex.EncodeToString(digest[:])
+	return objectPrefix + hex.EncodeToString(digest[:])
 }
 
-// OpenStore opens the store that uri names:
+const objectPrefix = "dek-"
+
+// Eraser is a Store that can keep earlier versions of an object.
+type Eraser interface {
+	// EraseHistory removes every earlier version of an object, so that only
+	// the current one is left. Where a lock or a retention rule forbids it,
+	// until is when the last of them can go; zero where nothing is left.
+	EraseHistory(ctx context.Context, name string) (until time.Time, err error)
+}
+
+// Maker is a Store whose container (bucket, namespace) can be made through it.
+type Maker interface {
+	// Make makes the container; nil where it exists and is ours.
+	Make(ctx context.Context) error
+}
+
+// The operations of a store, as Permissions names them.
+const (
+	OpCreate  = "create"
+	OpRead    = "read"
+	OpReplace = "replace"
+	OpDelete  = "delete"
+	OpList    = "list"
+	OpErase   = "erase-history"
+	OpMake    = "make"
+)
+
+// Permitter is a Store whose service names its permissions.
+type Permitter interface {
+	// Permissions returns the permission, or several separated by ", ",
+	// that each operation needs.
+	Permissions() map[string]string
+}
+
+// StoreOpener opens the store that u names; it reads u's parameters with
+// kms.Params. It does not call the service: what can be wrong without that (a
+// missing file, a bad parameter) is an error now. A store that holds something
+// open is an io.Closer too; a Keyring closes it.
+type StoreOpener func(ctx context.Context, u *url.URL) (Store, error)
+
+// StoreMux maps URI schemes to their openers. The full list is in
+// envelope/stores.
+type StoreMux map[string]StoreOpener
+
+// LocalStores are those that need no service:
 //
 //	file:///var/lib/cryptcsi/keys   a directory on a local file system, shared
 //	                                by the processes of one machine; it must
 //	                                exist, or be made by ?create_dir=true
 //	mem://                          memory of this process, empty at first:
 //	                                for tests, every key is gone with it
-//
-// A store that holds something open is an io.Closer too; a Keyring closes it.
-func OpenStore(ctx context.Context, uri string) (Store, error) {
+func LocalStores() StoreMux {
+	return StoreMux{
+		"file": func(_ context.Context, u *url.URL) (Store, error) { return openFileStore(u) },
+		"mem":  func(_ context.Context, u *url.URL) (Store, error) { return openMemStore(u) },
+	}
+}
+
+// Open opens the store that uri names. The caller closes it, see StoreOpener.
+func (m StoreMux) Open(ctx context.Context, uri string) (Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -68,17 +123,14 @@ func OpenStore(ctx context.Context, uri string) (Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store URI %w", err)
 	}
-	var store Store
-	switch u.Scheme {
-	case "file":
-		store, err = openFileStore(u)
-	case "mem":
-		store, err = openMemStore(u)
-	default:
-		err = errdefs.Errorf(errdefs.ErrInvalid, "scheme %q is not known; this build knows file, mem", u.Scheme)
+	open, ok := m[u.Scheme]
+	if !ok {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "store URI: scheme %q is not known; this build knows %s",
+			u.Scheme, strings.Join(slices.Sorted(maps.Keys(m)), ", "))
 	}
+	store, err := open(ctx, u)
 	if err != nil {
-		return nil, fmt.Errorf("store URI: %w", err)
+		return nil, fmt.Errorf("store URI %s: %w", kms.Redact(u), err)
 	}
 	return store, nil
 }

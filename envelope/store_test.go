@@ -21,7 +21,7 @@ import (
 
 func openStore(t testing.TB, uri string) envelope.Store {
 	t.Helper()
-	s, err := envelope.OpenStore(t.Context(), uri)
+	s, err := envelope.LocalStores().Open(t.Context(), uri)
 	if err != nil {
 		t.Fatalf("OpenStore(%q): %v", uri, err)
 	}
@@ -85,6 +85,25 @@ func TestFaults(t *testing.T) {
 	fault = envelopetest.Stale
 	if data, err := read(); data != "1" || err != nil {
 		t.Errorf("Stale: %q, %v", data, err)
+	}
+}
+
+func TestFaultDelay(t *testing.T) {
+	s := envelopetest.NewFaultStore(openStore(t, "mem://"), func(int, string) envelopetest.Fault { return envelopetest.Delay })
+	start := time.Now()
+	if err := s.Create(t.Context(), "a", []byte("1")); err != nil || time.Since(start) < envelopetest.FaultDelay {
+		t.Errorf("Create: %v after %v", err, time.Since(start))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Create(ctx, "b", nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("Create after its context: %v", err)
+	}
+	if data, _, err := s.Read(t.Context(), "a"); string(data) != "1" || err != nil {
+		t.Errorf("Read = %q, %v", data, err)
+	}
+	if until, err := s.EraseHistory(t.Context(), "a"); !until.IsZero() || err != nil || s.Calls() != 4 {
+		t.Errorf("EraseHistory = %v, %v after %d calls", until, err, s.Calls())
 	}
 }
 
@@ -329,7 +348,7 @@ func TestOpenStoreRefuses(t *testing.T) {
 		{"mem://?key=" + s, `"key" is not known; this scheme takes none`},
 		{"mem://#", "fragment"},
 	} {
-		_, err := envelope.OpenStore(t.Context(), tt.uri)
+		_, err := envelope.LocalStores().Open(t.Context(), tt.uri)
 		if !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("OpenStore(%q) = %v, want ErrInvalid with %q", tt.uri, err, tt.want)
 		}
@@ -368,13 +387,13 @@ func FuzzStoreURI(f *testing.F) {
 		if strings.Contains(uri, "create_dir") && !strings.Contains(uri, "/dev/null/x") || strings.Contains(uri+param, s) || strings.Contains(uri, "?") {
 			return
 		}
-		_, err := envelope.OpenStore(t.Context(), uri+"?"+param+"="+s)
+		_, err := envelope.LocalStores().Open(t.Context(), uri+"?"+param+"="+s)
 		if err == nil {
 			t.Errorf("%q opened with the parameter %q", uri, param)
 		} else if strings.Contains(err.Error(), s) {
 			t.Errorf("%q shows a secret: %v", uri, err)
 		}
-		if s, err := envelope.OpenStore(t.Context(), uri); err == nil && s == nil {
+		if s, err := envelope.LocalStores().Open(t.Context(), uri); err == nil && s == nil {
 			t.Errorf("%q gave neither store nor error", uri)
 		}
 	})

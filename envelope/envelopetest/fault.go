@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"sync"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -18,7 +19,11 @@ const (
 	Fail        // nothing happens: ErrUnavailable
 	Lose        // it happens, and the answer is ErrUnavailable
 	Stale       // Read answers as before the object's last change; other calls as None
+	Delay       // it happens after FaultDelay; an error where ctx ends first
 )
+
+// FaultDelay is how long a Delay takes.
+const FaultDelay = 50 * time.Millisecond
 
 // FaultStore passes calls on to a store, with faults. It may be shared by
 // several keyrings; all changes must go through it for Stale to be true.
@@ -39,7 +44,8 @@ type object struct {
 }
 
 // NewFaultStore returns a FaultStore over s. plan is asked before each call of
-// Create, Read, Replace and Delete, by its number (the first is 0) and name.
+// Create, Read, Replace, Delete and EraseHistory, by its number (the first is 0)
+// and name.
 func NewFaultStore(s envelope.Store, plan func(call int, op string) Fault) *FaultStore {
 	return &FaultStore{Store: s, plan: plan, past: map[string]object{}}
 }
@@ -66,12 +72,31 @@ func (f *FaultStore) Delete(ctx context.Context, name, version string) error {
 	return f.write(ctx, "Delete", name, func() error { return f.Store.Delete(ctx, name, version) })
 }
 
+// EraseHistory is envelope.Eraser's, and does nothing where the store is none.
+func (f *FaultStore) EraseHistory(ctx context.Context, name string) (until time.Time, err error) {
+	fault, err := f.next(ctx, "EraseHistory")
+	if err != nil {
+		return time.Time{}, err
+	}
+	if e, ok := f.Store.(envelope.Eraser); ok {
+		until, err = e.EraseHistory(ctx, name)
+	}
+	if fault == Lose {
+		return time.Time{}, errFault()
+	}
+	return until, err
+}
+
 // Read is part of envelope.Store.
 func (f *FaultStore) Read(ctx context.Context, name string) ([]byte, string, error) {
+	fault, err := f.next(ctx, "Read")
+	if err != nil {
+		return nil, "", err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	switch f.next("Read") {
-	case Fail, Lose:
+	switch fault {
+	case Lose:
 		return nil, "", errFault()
 	case Stale:
 		if old, ok := f.past[name]; ok {
@@ -83,15 +108,14 @@ func (f *FaultStore) Read(ctx context.Context, name string) ([]byte, string, err
 
 // write does one change at a time, so that it knows what was there before.
 func (f *FaultStore) write(ctx context.Context, op, name string, do func() error) error {
+	fault, err := f.next(ctx, op)
+	if err != nil {
+		return err
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	fault := f.next(op)
-	if fault == Fail {
-		return errFault()
-	}
 	data, version, readErr := f.Store.Read(ctx, name)
-	err := do()
-	if err == nil {
+	if err = do(); err == nil {
 		f.past[name] = object{data, version, readErr}
 	}
 	if fault == Lose {
@@ -100,11 +124,25 @@ func (f *FaultStore) write(ctx context.Context, op, name string, do func() error
 	return err
 }
 
-// next asks the plan. The caller holds the lock.
-func (f *FaultStore) next(op string) Fault {
+// next asks the plan, and does what comes before the call.
+func (f *FaultStore) next(ctx context.Context, op string) (Fault, error) {
+	f.mu.Lock()
 	fault := f.plan(f.calls, op)
 	f.calls++
-	return fault
+	f.mu.Unlock()
+	switch fault {
+	case Fail:
+		return fault, errFault()
+	case Delay:
+		timer := time.NewTimer(FaultDelay)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return fault, ctx.Err()
+		}
+	}
+	return fault, nil
 }
 
 func errFault() error {

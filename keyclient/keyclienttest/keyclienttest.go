@@ -27,6 +27,8 @@ type NodeKeys interface {
 // AdminKeys is what a controller and an operator call.
 type AdminKeys interface {
 	CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error)
+	CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error)
+	RotateDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
 	RewrapDEK(ctx context.Context, id dek.ID) error
 	DeleteDEK(ctx context.Context, id dek.ID) error
 }
@@ -58,12 +60,18 @@ func Run(t *testing.T, open func(t *testing.T) Keys) {
 		{"Claim", claim},
 		{"ConfirmRaisesTheFloor", confirmRaises},
 		{"ConfirmOtherHeader", confirmOther},
+		{"Rotate", rotate},
+		{"RotateOnlyFormatted", rotateOnlyFormatted},
+		{"Clone", clone},
+		{"CloneOfWhat", cloneOfWhat},
+		{"CloneOfASnapshot", cloneOfSnapshot},
 		{"Rewrap", rewrap},
 		{"Delete", deletes},
 		{"Cancelled", cancelled},
 		{"CreateRace", createRace},
 		{"ClaimRace", claimRace},
 		{"ConfirmRace", confirmRace},
+		{"RotateRace", rotateRace},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, open(t)) })
 	}
@@ -76,7 +84,7 @@ func create(t *testing.T, k Keys, id dek.ID) dek.DEK {
 	if err != nil {
 		t.Fatalf("CreateDEK(%q): %v", id, err)
 	}
-	t.Cleanup(d.Key.Wipe)
+	t.Cleanup(d.Wipe)
 	return d
 }
 
@@ -87,7 +95,7 @@ func get(t *testing.T, k Keys, id dek.ID) dek.DEK {
 	if err != nil {
 		t.Fatalf("GetDEK(%q): %v", id, err)
 	}
-	t.Cleanup(d.Key.Wipe)
+	t.Cleanup(d.Wipe)
 	return d
 }
 
@@ -97,7 +105,11 @@ func same(t *testing.T, what string, got, want dek.DEK) {
 	if !got.Key.Equal(want.Key) {
 		t.Errorf("%s: another key", what)
 	}
+	if !got.Previous.Equal(want.Previous) {
+		t.Errorf("%s: another previous key (%d bytes, want %d)", what, got.Previous.Len(), want.Previous.Len())
+	}
 	got.Key, want.Key = secret.Bytes{}, secret.Bytes{}
+	got.Previous, want.Previous = secret.Bytes{}, secret.Bytes{}
 	if diff := cmp.Diff(want, got, cmp.Comparer(secret.Bytes.Equal)); diff != "" {
 		t.Errorf("%s: (-want +got)\n%s", what, diff)
 	}
@@ -268,11 +280,173 @@ func confirmOther(t *testing.T, k Keys) {
 	same(t, "after that", get(t, k, id+"0"), want)
 }
 
+// rotated brings a new DEK to state rotating and returns it as it was before
+// and as it is.
+func rotated(t *testing.T, k Keys, id dek.ID) (before, now dek.DEK) {
+	t.Helper()
+	before = format(t, k, id)
+	now, err := k.RotateDEK(t.Context(), id)
+	must(t, "RotateDEK", err)
+	t.Cleanup(now.Wipe)
+	return before, now
+}
+
+func rotate(t *testing.T, k Keys) {
+	before, want := rotated(t, k, id)
+	if want.Key.Equal(before.Key) || want.Key.Len() != dek.Size {
+		t.Error("RotateDEK gave no new key")
+	}
+	same(t, "RotateDEK", want, dek.DEK{ID: id, State: dek.Rotating, Spec: spec(), Claim: before.Claim, Header: before.Header, Key: want.Key, Previous: before.Key})
+	again, err := k.RotateDEK(t.Context(), id)
+	must(t, "RotateDEK", err)
+	t.Cleanup(again.Wipe)
+	same(t, "the second RotateDEK", again, want)
+	same(t, "GetDEK while rotating", get(t, k, id), want)
+	same(t, "CreateDEK while rotating", create(t, k, id), want)
+	_, err = k.ClaimFormat(t.Context(), id, dek.Claim{Node: "node-a", UUID: want.Header.UUID})
+	mustBe(t, "ClaimFormat while rotating", err, errdefs.ErrState)
+
+	// What does not open with the new key ends nothing.
+	for _, h := range []dek.HeaderID{
+		{Sequence: 6},
+		{Sequence: 7, Fingerprint: dek.Fingerprint(before.Key)},
+		{Sequence: 3, Fingerprint: dek.Fingerprint(want.Key)},
+	} {
+		h.UUID = want.Header.UUID
+		must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, h))
+		want.Header.Sequence = max(want.Header.Sequence, h.Sequence)
+		same(t, fmt.Sprintf("after confirming %+v", h), get(t, k, id), want)
+	}
+	mustBe(t, "ConfirmDEK of another header", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: dek.NewUUID(), Sequence: 99, Fingerprint: dek.Fingerprint(want.Key)}), errdefs.ErrState)
+	same(t, "after the refusal", get(t, k, id), want)
+
+	end := dek.HeaderID{UUID: want.Header.UUID, Sequence: 8, Fingerprint: dek.Fingerprint(want.Key)}
+	want = dek.DEK{ID: id, State: dek.Formatted, Spec: spec(), Claim: want.Claim, Header: dek.HeaderID{UUID: end.UUID, Sequence: 8}, Key: want.Key}
+	for range 2 {
+		must(t, "ConfirmDEK with the new key", k.ConfirmDEK(t.Context(), id, end))
+		same(t, "rotated", get(t, k, id), want)
+	}
+	next, err := k.RotateDEK(t.Context(), id)
+	must(t, "RotateDEK", err)
+	t.Cleanup(next.Wipe)
+	if next.Key.Equal(want.Key) || next.Key.Equal(before.Key) || !next.Previous.Equal(want.Key) {
+		t.Error("the next rotation does not go from the new key to a newer one")
+	}
+}
+
+func rotateOnlyFormatted(t *testing.T, k Keys) {
+	_, err := k.RotateDEK(t.Context(), id)
+	mustBe(t, "RotateDEK without a record", err, errdefs.ErrNotFound)
+	want := create(t, k, id)
+	d, err := k.RotateDEK(t.Context(), id)
+	mustBe(t, "RotateDEK of a prepared one", err, errdefs.ErrState)
+	if d.Key.Len() != 0 {
+		t.Error("RotateDEK gave a key with its error")
+	}
+	same(t, "after that", get(t, k, id), want)
+}
+
+func clone(t *testing.T, k Keys) {
+	const copyID = id + "-copy"
+	source := format(t, k, id)
+	copySpec := spec()
+	copySpec.Name = "pvc-copy"
+	made, err := k.CloneDEK(t.Context(), copyID, copySpec, id)
+	must(t, "CloneDEK", err)
+	t.Cleanup(made.Wipe)
+	if made.Key.Equal(source.Key) || made.Key.Len() != dek.Size {
+		t.Error("the clone has no key of its own")
+	}
+	want := dek.DEK{ID: copyID, State: dek.Rotating, Spec: copySpec, Source: id, Header: source.Header, Key: made.Key, Previous: source.Key}
+	same(t, "CloneDEK", made, want)
+	same(t, "GetDEK of the clone", get(t, k, copyID), want)
+	same(t, "GetDEK of its source", get(t, k, id), source)
+
+	_, err = k.CreateDEK(t.Context(), copyID, copySpec)
+	mustBe(t, "CreateDEK of a clone", err, errdefs.ErrExists)
+	_, err = k.CloneDEK(t.Context(), copyID, copySpec, id+"0")
+	mustBe(t, "CloneDEK of another source", err, errdefs.ErrExists)
+	_, err = k.CloneDEK(t.Context(), copyID, spec(), id)
+	mustBe(t, "CloneDEK under another name", err, errdefs.ErrExists)
+	create(t, k, id+"1")
+	_, err = k.CloneDEK(t.Context(), id+"1", spec(), id)
+	mustBe(t, "CloneDEK of what was created", err, errdefs.ErrExists)
+
+	// The clone goes on without its source.
+	must(t, "DeleteDEK", k.DeleteDEK(t.Context(), id))
+	again, err := k.CloneDEK(t.Context(), copyID, copySpec, id)
+	must(t, "CloneDEK once the source is gone", err)
+	t.Cleanup(again.Wipe)
+	same(t, "CloneDEK once the source is gone", again, want)
+	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), copyID, dek.HeaderID{UUID: source.Header.UUID, Sequence: 6, Fingerprint: dek.Fingerprint(made.Key)}))
+	want.State, want.Header.Sequence, want.Previous = dek.Formatted, 6, secret.Bytes{}
+	same(t, "the clone with its own key", get(t, k, copyID), want)
+}
+
+func cloneOfWhat(t *testing.T, k Keys) {
+	prepared, rotating, deleted := id+"-prepared", id+"-rotating", id+"-deleted"
+	create(t, k, prepared)
+	rotated(t, k, rotating)
+	format(t, k, deleted)
+	must(t, "DeleteDEK", k.DeleteDEK(t.Context(), deleted))
+	other := spec()
+	other.Integrity = dek.IntegrityNone
+	for _, tt := range []struct {
+		what   string
+		source dek.ID
+		spec   dek.Spec
+		class  error
+	}{
+		{"nothing", id + "-none", spec(), errdefs.ErrNotFound},
+		{"what was deleted", deleted, spec(), errdefs.ErrNotFound},
+		{"what is being rotated", rotating, spec(), errdefs.ErrConflict},
+		{"another spec", prepared, other, errdefs.ErrInvalid},
+		{"itself", id, spec(), errdefs.ErrInvalid},
+		{"no ID", "a b", spec(), errdefs.ErrInvalid},
+		{"the empty ID", "", spec(), errdefs.ErrInvalid},
+	} {
+		d, err := k.CloneDEK(t.Context(), id, tt.spec, tt.source)
+		mustBe(t, "CloneDEK of "+tt.what, err, tt.class)
+		if d.Key.Len() != 0 {
+			t.Errorf("CloneDEK of %s gave a key with its error", tt.what)
+		}
+		_, err = k.GetDEK(t.Context(), id)
+		mustBe(t, "GetDEK after CloneDEK of "+tt.what, err, errdefs.ErrNotFound)
+	}
+	// Nothing is on the disk of a prepared one, so its copy is new as well.
+	made, err := k.CloneDEK(t.Context(), id, spec(), prepared)
+	must(t, "CloneDEK of a prepared one", err)
+	t.Cleanup(made.Wipe)
+	same(t, "CloneDEK of a prepared one", made, dek.DEK{ID: id, State: dek.Prepared, Spec: spec(), Source: prepared, Key: made.Key})
+}
+
+// cloneOfSnapshot: volume, snapshot, volume. The last one's disk still has the
+// first one's key, because nobody opens a snapshot.
+func cloneOfSnapshot(t *testing.T, k Keys) {
+	source := format(t, k, id)
+	snapshot, err := dek.SnapshotID("driver.example.com", "snap-1")
+	must(t, "SnapshotID", err)
+	middle, err := k.CloneDEK(t.Context(), snapshot, spec(), id)
+	must(t, "CloneDEK", err)
+	t.Cleanup(middle.Wipe)
+	must(t, "DeleteDEK", k.DeleteDEK(t.Context(), id))
+	restored, err := k.CloneDEK(t.Context(), id+"0", spec(), snapshot)
+	must(t, "CloneDEK of the snapshot", err)
+	t.Cleanup(restored.Wipe)
+	same(t, "the restored volume", restored, dek.DEK{ID: id + "0", State: dek.Rotating, Spec: spec(), Source: snapshot, Header: source.Header, Key: restored.Key, Previous: source.Key})
+	if restored.Key.Equal(middle.Key) {
+		t.Error("the restored volume has the snapshot's key")
+	}
+}
+
 func rewrap(t *testing.T, k Keys) {
 	want := format(t, k, id)
+	_, rotating := rotated(t, k, id+"0")
 	for range 2 {
 		must(t, "RewrapDEK", k.RewrapDEK(t.Context(), id))
 		same(t, "after RewrapDEK", get(t, k, id), want)
+		must(t, "RewrapDEK", k.RewrapDEK(t.Context(), id+"0"))
+		same(t, "after RewrapDEK while rotating", get(t, k, id+"0"), rotating)
 	}
 }
 
@@ -290,6 +464,14 @@ func deletes(t *testing.T, k Keys) {
 	mustBe(t, "ClaimFormat of a deleted one", err, errdefs.ErrState)
 	mustBe(t, "ConfirmDEK of a deleted one", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: dek.NewUUID()}), errdefs.ErrState)
 	mustBe(t, "RewrapDEK of a deleted one", k.RewrapDEK(t.Context(), id), errdefs.ErrState)
+	_, err = k.RotateDEK(t.Context(), id)
+	mustBe(t, "RotateDEK of a deleted one", err, errdefs.ErrState)
+	_, err = k.CloneDEK(t.Context(), id, spec(), id+"0")
+	mustBe(t, "CloneDEK to a deleted one", err, errdefs.ErrExists)
+	rotated(t, k, id+"1")
+	must(t, "DeleteDEK while rotating", k.DeleteDEK(t.Context(), id+"1"))
+	_, err = k.GetDEK(t.Context(), id+"1")
+	mustBe(t, "GetDEK of one deleted while rotating", err, errdefs.ErrNotFound)
 	same(t, "the other DEK", get(t, k, id+"0"), kept)
 }
 
@@ -300,8 +482,10 @@ func cancelled(t *testing.T, k Keys) {
 	_, createErr := k.CreateDEK(ctx, id+"0", spec())
 	_, getErr := k.GetDEK(ctx, id)
 	_, claimErr := k.ClaimFormat(ctx, id, dek.Claim{Node: "n", UUID: dek.NewUUID()})
+	_, rotateErr := k.RotateDEK(ctx, id)
+	_, cloneErr := k.CloneDEK(ctx, id+"0", spec(), id)
 	for op, err := range map[string]error{
-		"CreateDEK": createErr, "GetDEK": getErr, "ClaimFormat": claimErr,
+		"CreateDEK": createErr, "GetDEK": getErr, "ClaimFormat": claimErr, "RotateDEK": rotateErr, "CloneDEK": cloneErr,
 		"ConfirmDEK": k.ConfirmDEK(ctx, id, dek.HeaderID{UUID: dek.NewUUID()}),
 		"RewrapDEK":  k.RewrapDEK(ctx, id), "DeleteDEK": k.DeleteDEK(ctx, id),
 	} {
@@ -378,5 +562,27 @@ func confirmRace(t *testing.T, k Keys) {
 	})
 	if got, want := get(t, k, id).Header, (dek.HeaderID{UUID: uuid, Sequence: 100 + racers - 1}); got != want {
 		t.Errorf("the floor is %+v, want %+v", got, want)
+	}
+}
+
+func rotateRace(t *testing.T, k Keys) {
+	before := format(t, k, id)
+	got := make([]dek.DEK, racers)
+	race(func(n int) {
+		d, err := k.RotateDEK(t.Context(), id)
+		if err != nil {
+			t.Errorf("RotateDEK: %v", err)
+		}
+		got[n] = d
+	})
+	stored := get(t, k, id)
+	if !stored.Previous.Equal(before.Key) {
+		t.Error("the old key is lost")
+	}
+	for _, d := range got {
+		if !d.Key.Equal(stored.Key) || !d.Previous.Equal(before.Key) {
+			t.Error("a racer got other keys than the stored ones")
+		}
+		d.Wipe()
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/all"
 )
 
@@ -79,11 +80,11 @@ func (v *Volume) Key(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := envelope.OpenStore(ctx, v.s.Store())
+	store, err := envelope.LocalStores().Open(ctx, v.s.Store())
 	if err != nil {
 		return nil, err
 	}
-	keys, err := envelope.New(kek, store, envelope.Options{})
+	keys, err := envelope.New([]*kms.KEK{kek}, []envelope.Store{store}, envelope.Options{})
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +93,7 @@ func (v *Volume) Key(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer d.Key.Wipe()
+	defer d.Wipe()
 	return bytes.Clone(d.Key.Expose()), nil
 }
 

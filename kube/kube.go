@@ -1,0 +1,57 @@
+// Package kube talks to the API server.
+package kube
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// Config says how to reach the API server: as the kubeconfig file says, in the
+// context of that name or its current one, or, where no file is given, as the
+// pod does in which this runs. It reads files and calls nobody. A token file
+// is read again when its content rotates.
+func Config(kubeconfig, context string) (*rest.Config, error) {
+	c, err := load(kubeconfig, context)
+	if err != nil {
+		return nil, err
+	}
+	if c.BearerTokenFile != "" {
+		if _, err := os.Stat(c.BearerTokenFile); err != nil {
+			return nil, errdefs.Errorf(errdefs.ErrInvalid, "the token for the API server: %w", err)
+		}
+	}
+	c.UserAgent = "cryptcsi"
+	c.QPS = -1 // the API server's own fairness limits us; a second limit here would only hide it
+	c.WarningHandler = rest.NoWarnings{}
+	return c, nil
+}
+
+func load(kubeconfig, context string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		if context != "" {
+			return nil, errdefs.Errorf(errdefs.ErrInvalid, "context %q without kubeconfig: contexts are named in such a file", context)
+		}
+		c, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, errdefs.Errorf(errdefs.ErrInvalid, "this is no pod with a service account's token (%w): name a kubeconfig file", err)
+		}
+		return c, nil
+	}
+	rules := &clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig}
+	overrides := &clientcmd.ConfigOverrides{CurrentContext: context}
+	c, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides).ClientConfig()
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission):
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "kubeconfig: %w", err)
+	case err != nil:
+		// Its text may quote the file, which holds credentials.
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "kubeconfig %s is not usable with context %q (\"\" is its current one): see kubectl config view", kubeconfig, context)
+	}
+	return c, nil
+}
