@@ -16,12 +16,18 @@ VERSION ?= $(shell git describe --tags --dirty 2>/dev/null || echo dev)
 LDFLAGS  = -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 GOBUILD  = go build -trimpath -ldflags '-s -w $(LDFLAGS)'
 
-IMAGE    ?= cryptcsi/csi-plugin:dev
+IMAGE_TARGET ?= csi-plugin
+IMAGE    ?= cryptcsi/$(IMAGE_TARGET):dev
 FUZZTIME ?= 30s
 
 # find-pkgs NAME: sets pkgs to the packages in whose tests a function begins with NAME.
 find-pkgs = pkgs=$$(grep -rlE --include='*_test.go' --exclude-dir='.?*' '^func $(1)' . | xargs dirname | sort -u) \
 	|| { echo 'no test file has a function $(1)…'; exit 1; }
+
+# packages GREP: the packages whose tests import test/peers (grep) or do not (grep -v).
+MODULE   = github.com/cryptcsi/cryptcsi
+packages = go list -f '{{.ImportPath}} {{join .TestImports " "}} {{join .XTestImports " "}}' ./... \
+	| $(1) ' $(MODULE)/test/peers' | cut -d' ' -f1
 
 # in-guest: how go test runs a test binary on a kernel that has dm-crypt.
 in-guest = -exec '$(CURDIR)/bin/vm'
@@ -37,6 +43,7 @@ install: # what building and testing need; takes no time when it is there
 .PHONY: build
 build: install ## build all binaries into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/csi-plugin ./cmd/csi-plugin
+	$(GOBUILD) -o bin/key-service ./cmd/key-service
 	$(GOBUILD) -o bin/crypt-worker ./cmd/crypt-worker
 	CGO_ENABLED=0 $(GOBUILD) -o bin/loopdriver ./test/loopdriver/cmd/loopdriver
 	CGO_ENABLED=0 $(GOBUILD) -o bin/vm ./test/vm
@@ -48,11 +55,26 @@ demo: build ## watch volumes come up encrypted, on a kernel with device-mapper
 	@bin/vm -- bin/demo
 
 .PHONY: test
-test: unit kernel ## all tests; sanity is one of the kernel's
+test: unit test-keys kernel ## all tests; sanity is one of the kernel's
 
 .PHONY: unit
-unit: build ## tests that need no kernel of their own, with the race detector
-	go test -race -skip '^TestKernel' ./...
+unit: build ## tests that need neither a kernel nor a server of their own, with the race detector
+	go test -race -skip '^TestKernel' $$($(call packages,grep -v)) .
+
+.PHONY: peers
+peers: install # the servers that test-keys talks to
+	@test/install.sh peers
+
+.PHONY: test-keys
+test-keys: build peers ## every KMS and every store against real servers; prints the table KEK x store x check
+	go test -race $$($(call packages,grep) | grep -vx $(MODULE)/test/keys)
+	go test -count=1 -v ./test/keys | grep -vE '^(=== |PASS$$| *--- PASS)'
+
+.PHONY: test-keys-full
+test-keys-full: build peers ## the same with the full OpenBao server (7 minutes to build) and 1000 rounds of races
+	@test/install.sh peers=openbao
+	FULL=1 go test -count=1 -v -run '^TestFull' ./kms/transit
+	KEYS_ROUNDS=1000 go test -count=1 -timeout 3h -v ./test/keys | grep -vE '^(=== |PASS$$| *--- PASS)'
 
 .PHONY: kernel
 kernel: build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
@@ -108,9 +130,9 @@ manifests: install ## check deploy/kubernetes against the API's types
 	go test -count=1 ./deploy/...
 
 .PHONY: image
-image: ## container image IMAGE of csi-plugin (buildah or docker)
+image: ## container image IMAGE of csi-plugin, or of IMAGE_TARGET (buildah or docker)
 	@tool=$$(command -v buildah || command -v docker) || { echo "neither buildah nor docker is here: apt-get install buildah"; exit 1; }; \
-	"$$tool" build --target csi-plugin --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE) .
+	"$$tool" build --target $(IMAGE_TARGET) --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) -t $(IMAGE) .
 
 .PHONY: clean
 clean: ## remove what was built; keeps .cache and .tools

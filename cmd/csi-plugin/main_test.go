@@ -15,6 +15,12 @@ func TestCommandLines(t *testing.T) {
 	if err := os.WriteFile(uri, []byte("cluster:///x\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	key, config := filepath.Join(dir, "key"), filepath.Join(dir, "config")
+	for path, content := range map[string]string{key: strings.Repeat("k", 32), config: "kms-urri: x"} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, tt := range []struct {
 		args string
 		code int
@@ -30,8 +36,10 @@ func TestCommandLines(t *testing.T) {
 		{"node --bogus", 2, "bogus"},
 		{"node", 2, "--kms-uri"},
 		{"node --kms-uri=cluster:///x", 2, "--storage-uri"},
-		{"node --kms-uri=cluster:///x --kms-uri-file=" + uri, 2, "exclude each other"},
-		{"node --kms-uri-file=/nowhere", 1, "--kms-uri-file"},
+		{"node --storage-uri=mem://", 2, "--kms-uri"},
+		{"node --kms-uri-file=/nowhere --storage-uri=mem:// --wrapped-endpoint=unix:///a --check-config", 1, "/nowhere"},
+		{"node --kms-uri=static://" + key + " --storage-uri=mem:// --wrapped-endpoint=unix:///a --check-config", 0, "the configuration is right"},
+		{"node --config=" + config, 2, `no flag "kms-urri"`},
 		{"node --kms-uri-file=" + uri + " --storage-uri=mem://", 2, "--wrapped-endpoint is required"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=tcp:1", 2, "must be a unix socket"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --endpoint=unix:///a", 2, "same socket"},
@@ -71,7 +79,7 @@ func TestVersion(t *testing.T) {
 	if code := run(t.Context(), []string{"--version"}, &out, &out); code != 0 {
 		t.Fatalf("exit code %d: %s", code, &out)
 	}
-	for _, want := range []string{"csi-plugin " + version, "commit " + commit, "libcryptsetup ", "KMS: cluster"} {
+	for _, want := range []string{"csi-plugin " + version, "commit " + commit, "libcryptsetup ", "KMS: awskms, "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("version has no %q: %s", want, &out)
 		}

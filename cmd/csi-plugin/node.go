@@ -23,21 +23,23 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/internal/config"
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
+	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
+	"github.com/cryptcsi/cryptcsi/internal/logging"
 	"github.com/cryptcsi/cryptcsi/kms"
-	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
 // nodeFlags is the configuration of `csi-plugin node`.
 type nodeFlags struct {
-	log                        logFlags
+	log                        logging.Flags
+	file                       config.File
+	keys                       keyconfig.Flags
 	endpoint, wrapped          string
 	driverName, nodeName       string
 	kubeletDir                 string
-	kms, kmsFile               string
-	storage, storageFile       string
-	createKeys                 bool
+	createKeys, keepAlive      bool
 	stageWith, integrity       string
 	tolerateUngrown            bool
 	metricsAddress             string
@@ -49,18 +51,17 @@ type nodeFlags struct {
 func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	f := &nodeFlags{}
 	fs := newFlags("node", stderr)
-	f.log.add(fs)
+	f.log.Add(fs)
+	f.file.Add(fs)
+	f.keys.Add(fs)
 	hostname, _ := os.Hostname()
 	fs.StringVar(&f.endpoint, "endpoint", cmp.Or(os.Getenv("CSI_ENDPOINT"), "unix:///csi/csi.sock"), "unix socket to serve CSI on; default from $CSI_ENDPOINT")
 	fs.StringVar(&f.wrapped, "wrapped-endpoint", "", "unix socket of the wrapped driver's node server (required)")
 	fs.StringVar(&f.driverName, "driver-name", "", "CSI driver name to serve under; empty takes the wrapped driver's")
 	fs.StringVar(&f.nodeName, "node-name", cmp.Or(os.Getenv("NODE_NAME"), hostname), "name of this node in claims; default from $NODE_NAME, then the host name")
 	fs.StringVar(&f.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's directory, the same path here and for the wrapped driver")
-	fs.StringVar(&f.kms, "kms-uri", "", "KEK to unwrap DEKs with, e.g. cluster:///etc/cryptcsi/master-secret?salt-file=/etc/cryptcsi/salt")
-	fs.StringVar(&f.kmsFile, "kms-uri-file", "", "file that holds --kms-uri, for a URI with a secret in it")
-	fs.StringVar(&f.storage, "storage-uri", "", "store of the wrapped DEKs, e.g. file:///var/lib/cryptcsi/keys")
-	fs.StringVar(&f.storageFile, "storage-uri-file", "", "file that holds --storage-uri")
 	fs.BoolVar(&f.createKeys, "create-keys", false, "let this node create DEKs for volumes without one (no controller proxy: static volumes, demo, tests)")
+	fs.BoolVar(&f.keepAlive, "kek-keepalive", false, "label the KEK as in use every 6 h, so that key-service kek list knows that it is")
 	fs.StringVar(&f.stageWith, "stage-with", driver.StageWithProxy, `who makes and mounts the filesystem: "proxy", or "wrapped" to hand the mapped device over to the wrapped driver`)
 	fs.StringVar(&f.integrity, "integrity", string(driver.IntegrityDefault), `authenticated sectors: "off" refuses volumes that ask for them, "default" does as the volume asks, "required" refuses volumes without`)
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
@@ -72,29 +73,16 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	if err := parse(fs, args); err != nil {
 		return nil, err
 	}
+	if err := f.file.Load(fs); err != nil {
+		return nil, usageError("node: " + err.Error())
+	}
 	return f, f.check()
 }
 
 // check finds what can be found without touching anything.
 func (f *nodeFlags) check() error {
-	for _, uri := range []struct {
-		name  string
-		value *string
-		file  string
-	}{{"kms-uri", &f.kms, f.kmsFile}, {"storage-uri", &f.storage, f.storageFile}} {
-		switch {
-		case *uri.value != "" && uri.file != "":
-			return usageError(fmt.Sprintf("node: --%s and --%s-file exclude each other", uri.name, uri.name))
-		case uri.file != "":
-			b, err := os.ReadFile(uri.file)
-			if err != nil {
-				return fmt.Errorf("--%s-file: %w", uri.name, err)
-			}
-			*uri.value = strings.TrimSpace(string(b))
-		}
-		if *uri.value == "" {
-			return usageError(fmt.Sprintf("node: --%s (or --%s-file) is required", uri.name, uri.name))
-		}
+	if err := f.keys.Check(); err != nil {
+		return usageError("node: " + err.Error())
 	}
 	switch {
 	case f.wrapped == "":
@@ -115,8 +103,16 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	log, err := f.log.logger(stderr)
+	log, err := f.log.Logger(stderr)
 	if err != nil {
+		return usageError("node: " + err.Error())
+	}
+	if f.file.Check {
+		_, closeKeys, err := openKeys(ctx, f, log, kms.Options{})
+		if err == nil {
+			closeKeys()
+			fmt.Fprintln(stderr, "the configuration is right")
+		}
 		return err
 	}
 	library, err := libcryptsetup(ctx, *f.worker)
@@ -132,17 +128,17 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
 	defer cm.Shutdown()
 	m = newMetrics(library, cm.List, cm.Stuck)
-	keys, err := openKeyring(ctx, f, m)
+	keyring, closeKeys, err := openKeys(ctx, f, log, kms.Options{Observe: m.call})
 	if err != nil {
 		return err
 	}
-	defer func() { _ = keys.Close() }()
+	defer closeKeys()
 	conn, err := dial(f.wrapped)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	d, err := newDriver(ctx, f, log, conn, keys, mapper{cm}, library)
+	d, err := newDriver(ctx, f, log, conn, keyring, mapper{cm}, library)
 	if err != nil {
 		return err
 	}
@@ -183,21 +179,31 @@ func checkKeyring() error {
 	return nil
 }
 
-// openKeyring opens the KEK and the store: direct mode.
-func openKeyring(ctx context.Context, f *nodeFlags, m *metrics) (*envelope.Keyring, error) {
-	kek, err := all.Mux().OpenWith(ctx, f.kms, kms.Options{Observe: m.call})
+// openKeys opens KEKs and stores, as one Keyring: direct mode.
+func openKeys(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Options) (keyring *envelope.Keyring, closeAll func(), err error) {
+	keys, err := f.keys.Open(ctx, o, log)
 	if err != nil {
-		return nil, fmt.Errorf("--kms-uri: %w", err)
+		return nil, nil, err
 	}
-	store, err := envelope.OpenStore(ctx, f.storage)
+	if f.createKeys && !f.file.Check {
+		err = keys.Probe(ctx, log)
+	}
+	var first *kms.KEK
+	if err == nil && len(keys.KEKs) > 0 {
+		first = keys.KEKs[0].It
+	}
+	if err == nil {
+		keyring, err = keys.Keyring(envelope.Options{Survives: func(id dek.ID, until time.Time) {
+			log.Warn("a deleted key can still be unwrapped from an earlier version of its record, which the store keeps", "dek", id, "until", until)
+		}})
+	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("--storage-uri: %w", err), kek.Close())
+		return nil, nil, errors.Join(err, keys.Close())
 	}
-	keys, err := envelope.New(kek, store, envelope.Options{})
-	if err != nil {
-		return nil, errors.Join(err, kek.Close())
+	if f.keepAlive && !f.file.Check {
+		go keyconfig.KeepAlive(ctx, first, log)
 	}
-	return keys, nil
+	return keyring, func() { _ = errors.Join(keyring.Close(), keys.Close()) }, nil
 }
 
 // dial returns the one connection to the wrapped driver. It connects when it is

@@ -1,0 +1,394 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
+	"github.com/cryptcsi/cryptcsi/kms"
+)
+
+// stale is when a KEK that nobody labelled as in use counts as abandoned: a
+// serving process does it every 6 hours.
+const stale = 14 * 24 * time.Hour
+
+// kek opens the first KEK of the configuration.
+func (c *command) kek(ctx context.Context) (*keyconfig.Keys, *kms.KEK, error) {
+	keys, err := c.open(ctx, 0, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := keys.KEKs[0].Err; err != nil {
+		return nil, nil, errors.Join(err, keys.Close())
+	}
+	return keys, keys.KEKs[0].It, nil
+}
+
+func kekCreate(ctx context.Context, c *command) error {
+	cluster := c.String("cluster-id", "", "the cluster that the KEK is for, e.g. the UID of its kube-system namespace")
+	clusterFile := c.String("cluster-id-file", "", "file that holds --cluster-id")
+	policyFile := c.String("policy-file", "", "the KMS's own policy document for the key; empty takes the backend's default")
+	rotation := c.Duration("rotation-period", 0, "let the KMS rotate the key by itself that often, e.g. 8760h; 0 does not")
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	id, err := clusterID(*cluster, *clusterFile)
+	if err != nil {
+		return err
+	}
+	n := kms.NewKey{
+		Labels: map[string]string{
+			kms.LabelCluster: id, kms.LabelPurpose: "kek", kms.LabelActive: strconv.FormatInt(time.Now().Unix(), 10),
+		},
+		RotationPeriod: *rotation,
+	}
+	if *policyFile != "" {
+		if n.Policy, err = os.ReadFile(*policyFile); err != nil {
+			return fmt.Errorf("--policy-file: %w", err)
+		}
+	}
+	key, err := kek.CreateKey(ctx, n)
+	if err != nil {
+		return err
+	}
+	return c.printKey(key)
+}
+
+// clusterID returns the value of a label, from a flag or a file.
+func clusterID(value, file string) (string, error) {
+	if file != "" {
+		if value != "" {
+			return "", usageError("kek create: --cluster-id and --cluster-id-file exclude each other")
+		}
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return "", fmt.Errorf("--cluster-id-file: %w", err)
+		}
+		value = strings.TrimSpace(string(data))
+	}
+	if !regexp.MustCompile(`^[a-z0-9_-]{1,63}$`).MatchString(value) {
+		return "", usageError("kek create: --cluster-id (or --cluster-id-file) is required: 1 to 63 lower-case letters, digits, '-' and '_', which every KMS takes as a label")
+	}
+	return value, nil
+}
+
+func kekDescribe(ctx context.Context, c *command) error {
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	key, err := kek.DescribeKey(ctx)
+	if err != nil {
+		return err
+	}
+	return c.printKey(key)
+}
+
+func (c *command) printKey(k kms.Key) error {
+	fmt.Fprintf(c.stdout, "URI       %s\ncreated   %s\nrotation  %s\n", k.URI, moment(k.Created), period(k.RotationPeriod))
+	names := make([]string, 0, len(k.Labels))
+	for name := range k.Labels {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		fmt.Fprintf(c.stdout, "label     %s=%s\n", name, k.Labels[name])
+	}
+	fmt.Fprintln(c.stdout)
+	return c.printVersions(k, nil)
+}
+
+// printVersions prints a table; with the number of records that refer to each
+// version, where that is known.
+func (c *command) printVersions(k kms.Key, records map[string]int) error {
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "VERSION\tSTATE\tCREATED\tRECORDS")
+	for _, v := range k.Versions {
+		state := string(v.State)
+		if v.Current {
+			state += ", current"
+		}
+		if !v.Until.IsZero() {
+			state += " until " + moment(v.Until)
+		}
+		n := "-"
+		if records != nil {
+			n = strconv.Itoa(records[v.KeyID])
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", v.KeyID, state, moment(v.Created), n)
+	}
+	return w.Flush()
+}
+
+func kekVersions(ctx context.Context, c *command) error {
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	key, err := kek.DescribeKey(ctx)
+	if err != nil {
+		return errors.Join(err, keys.Close())
+	}
+	var records map[string]int
+	if len(keys.Stores) > 0 {
+		if records, err = references(ctx, keys); err != nil {
+			return err
+		}
+	} else if err := keys.Close(); err != nil {
+		return err
+	}
+	return c.printVersions(key, records)
+}
+
+// references counts the records that refer to each key ID, and closes keys.
+// One record that cannot be read is an error: what it refers to is not known.
+func references(ctx context.Context, keys *keyconfig.Keys) (map[string]int, error) {
+	keyring, err := keys.Keyring(envelope.Options{})
+	if err != nil {
+		return nil, errors.Join(err, keys.Close())
+	}
+	defer func() { _ = errors.Join(keyring.Close(), keys.Close()) }()
+	counts := map[string]int{}
+	err = each(ctx, keyring, func(i envelope.Info) error {
+		if i.Err != nil {
+			return fmt.Errorf("it is not known which version is needed by an unreadable %w", i.Err)
+		}
+		for _, id := range keyIDs(i) {
+			counts[id]++
+		}
+		return nil
+	})
+	return counts, err
+}
+
+func kekRotate(ctx context.Context, c *command) error {
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	key, err := kek.RotateKey(ctx)
+	if err != nil {
+		return err
+	}
+	if err := c.printKey(key); err != nil {
+		return err
+	}
+	fmt.Fprintln(c.stdout, "\nNew keys are wrapped under the current version. Older ones stay readable; to move them:\n  key-service rewrap\n  key-service kek retire")
+	return nil
+}
+
+// kekRetire takes old versions out of use that no record needs any more.
+func kekRetire(ctx context.Context, c *command) error {
+	destroy := c.Bool("destroy", false, "destroy them instead: nothing wrapped under them can ever be read again, backups of the store included")
+	yes := c.Bool("yes", false, "do it; without, only show what would be done")
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	if len(keys.Stores) == 0 {
+		return usageError("kek retire: --storage-uri is required: only the records tell which versions are needed")
+	}
+	key, err := kek.DescribeKey(ctx)
+	if err != nil {
+		return err
+	}
+	// The keyring closes what it is made of, so it gets KEKs of its own.
+	more, err := c.keys.Open(ctx, kms.Options{}, c.log)
+	if err != nil {
+		return err
+	}
+	records, err := references(ctx, more)
+	if err != nil {
+		return err
+	}
+	state := kms.Disabled
+	if *destroy {
+		state = kms.Destroyed
+	}
+	for _, v := range key.Versions {
+		gone := v.State == state || v.State == kms.Destroying || v.State == kms.Destroyed
+		switch {
+		case v.Current || gone:
+			continue
+		case records[v.KeyID] > 0:
+			fmt.Fprintf(c.stdout, "keep      %s: %d records refer to it (key-service rewrap moves them)\n", v.KeyID, records[v.KeyID])
+		case !*yes:
+			fmt.Fprintf(c.stdout, "would be  %s: %s\n", state, v.KeyID)
+		default:
+			if err := kek.SetVersion(ctx, v.KeyID, state); err != nil {
+				return err
+			}
+			fmt.Fprintf(c.stdout, "%-9s %s\n", state, v.KeyID)
+		}
+	}
+	return nil
+}
+
+func kekKeepAlive(ctx context.Context, c *command) error {
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	return keyconfig.LabelActive(ctx, kek, time.Now())
+}
+
+func kekList(ctx context.Context, c *command) error {
+	older := c.Duration("older-than", stale, "how long ago the last use of a stale KEK was")
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	list, err := kek.ListKeys(ctx)
+	if err != nil {
+		return err
+	}
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "CLUSTER\tLAST USE\tSTALE\tSTATE\tCREATED\tURI")
+	for _, k := range list {
+		old, words := isStale(k, *older)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%s\n", cmp.Or(k.Labels[kms.LabelCluster], "-"), words, old, keyState(k), moment(k.Created), k.URI)
+	}
+	return w.Flush()
+}
+
+// keyState sums up the states of a key's versions.
+func keyState(k kms.Key) string {
+	best := kms.Destroyed
+	order := []kms.VersionState{kms.Destroyed, kms.Destroying, kms.Disabled, kms.Enabled}
+	for _, v := range k.Versions {
+		if slices.Index(order, v.State) > slices.Index(order, best) {
+			best = v.State
+		}
+	}
+	return string(best)
+}
+
+// isStale says whether a key's last use is known and that long ago.
+func isStale(k kms.Key, older time.Duration) (stale bool, lastUse string) {
+	seconds, err := strconv.ParseInt(k.Labels[kms.LabelActive], 10, 64)
+	if err != nil {
+		return false, "unknown"
+	}
+	last := time.Unix(seconds, 0)
+	return time.Since(last) > older, moment(last)
+}
+
+// kekPrune disables, or destroys, the KEKs of clusters that are gone.
+func kekPrune(ctx context.Context, c *command) error {
+	older := c.Duration("older-than", stale, "how long ago the last use must be")
+	destroy := c.Bool("destroy", false, "destroy them instead of disabling them: every volume of those clusters is lost")
+	yes := c.Bool("yes", false, "do it; without, only show what would be done")
+	keys, kek, err := c.kek(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	if *older < 24*time.Hour {
+		return usageError("kek prune: --older-than must be at least 24h: a serving process says every 6 h that a KEK is in use")
+	}
+	list, err := kek.ListKeys(ctx)
+	if err != nil {
+		return err
+	}
+	own, err := kek.DescribeKey(ctx)
+	if err != nil {
+		return err
+	}
+	state := kms.Disabled
+	if *destroy {
+		state = kms.Destroyed
+	}
+	for _, k := range list {
+		old, last := isStale(k, *older)
+		done := keyState(k)
+		if !old || k.URI == own.URI || done == string(state) || done == string(kms.Destroying) || done == string(kms.Destroyed) {
+			continue
+		}
+		if !*yes {
+			fmt.Fprintf(c.stdout, "would be  %s: %s (cluster %s, last use %s)\n", state, k.URI, cmp.Or(k.Labels[kms.LabelCluster], "unknown"), last)
+			continue
+		}
+		if err := c.setWhole(ctx, keys, k.URI, state); err != nil {
+			return err
+		}
+		fmt.Fprintf(c.stdout, "%-9s %s\n", state, k.URI)
+	}
+	return nil
+}
+
+// setWhole changes all versions of another key in the same place.
+func (c *command) setWhole(ctx context.Context, keys *keyconfig.Keys, uri string, state kms.VersionState) error {
+	other, err := keys.OpenKEK(ctx, uri)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = other.Close() }()
+	// Looked at again, now: somebody may have begun to use it.
+	key, err := other.DescribeKey(ctx)
+	if err != nil {
+		return err
+	}
+	if old, last := isStale(key, 24*time.Hour); !old {
+		return errdefs.Errorf(errdefs.ErrState, "%s is in use again (%s): nothing was done", uri, last)
+	}
+	return other.SetVersion(ctx, "", state)
+}
+
+func storeCreate(ctx context.Context, c *command) error {
+	keys, err := c.open(ctx, 0, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	if len(keys.Stores) == 0 {
+		return usageError("store create: --storage-uri (or --storage-uri-file) is required")
+	}
+	o := keys.Stores[0]
+	if o.Err != nil {
+		return o.Err
+	}
+	m, ok := keyconfig.Unprobed(o.It).(envelope.Maker)
+	if !ok {
+		return errdefs.Errorf(errdefs.ErrInvalid, "%s: key-service has nothing to make for a store of this kind", o.Name)
+	}
+	if err := m.Make(ctx); err != nil {
+		if p, ok := o.It.(envelope.Permitter); ok && errors.Is(err, errdefs.ErrDenied) {
+			return fmt.Errorf("%w (needs %s)", err, p.Permissions()[envelope.OpMake])
+		}
+		return err
+	}
+	fmt.Fprintf(c.stdout, "%s is there. Next: key-service check\n", o.Name)
+	return nil
+}
+
+func moment(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.UTC().Format("2006-01-02 15:04Z")
+}
+
+func period(d time.Duration) string {
+	if d == 0 {
+		return "by hand"
+	}
+	return "every " + strconv.Itoa(int(d.Hours()/24)) + " days"
+}

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"encoding/json"
+	"log/slog"
+	"net/url"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
+	"github.com/cryptcsi/cryptcsi/kms"
+	"github.com/cryptcsi/cryptcsi/kms/all"
+	"github.com/cryptcsi/cryptcsi/kms/kmstest/gcpfake"
+	"github.com/cryptcsi/cryptcsi/test/peers"
+)
+
+// TestLifeOfAKEK: made, rotated, its records moved, its old version retired,
+// with each service that keeps versions one can disable.
+func TestLifeOfAKEK(t *testing.T) {
+	g := gcpfake.Start(t)
+	flags := append(localStore(t), "--kms-uri", g.URI("kek"))
+	mustFail(t, with(flags, "check"), "FAILED")
+	mustFail(t, with(flags, "kek describe"), "not")
+	must(t, with(flags, "kek create", "--cluster-id", "one", "--rotation-period", "8760h"),
+		"label +cryptcsi-cluster=one", "rotation +every 365 days", "cryptoKeyVersions/1 +enabled, current")
+	must(t, with(flags, "kek create", "--cluster-id-file", write(t, "one\n")), "cryptcsi-cluster=one")
+	mustFail(t, with(flags, "kek create", "--cluster-id", "two"), "exists")
+	must(t, with(flags, "check"), "all .* steps are right")
+
+	must(t, with(flags, "dek create", "d/one"), "prepared")
+	must(t, with(flags, "dek create", "d/two"), "prepared")
+	must(t, with(flags, "kek rotate"), "cryptoKeyVersions/2 +enabled, current", "key-service rewrap")
+	must(t, with(flags, "kek versions"), "cryptoKeyVersions/1 +enabled +.*Z +2\n", "cryptoKeyVersions/2 +enabled, current +.*Z +0\n")
+	must(t, with(flags, "kek retire", "--yes"), "keep +.*cryptoKeyVersions/1: 2 records")
+	must(t, with(flags, "rewrap", "d/one"), "rewrapped 1 of 1")
+	must(t, with(flags, "kek retire", "--yes"), "keep +.*cryptoKeyVersions/1: 1 records")
+	must(t, with(flags, "rewrap"), "rewrapped 2 of 2")
+	must(t, with(flags, "kek retire"), "would be +disabled: .*cryptoKeyVersions/1")
+	must(t, with(flags, "kek versions"), "cryptoKeyVersions/1 +enabled")
+	must(t, with(flags, "kek retire", "--yes"), "disabled +.*cryptoKeyVersions/1")
+	must(t, with(flags, "kek versions"), "cryptoKeyVersions/1 +disabled", "cryptoKeyVersions/2 +enabled, current +.*Z +2\n")
+	must(t, with(flags, "kek retire", "--destroy", "--yes"), "destroyed +.*cryptoKeyVersions/1")
+	must(t, with(flags, "dek delete", "d/one"), "would be deleted") // it still opens
+}
+
+// TestOneKEKOfAFleet: a key that nobody labels as in use is found and pruned,
+// those in use and those that nobody ever labelled are not.
+func TestOneKEKOfAFleet(t *testing.T) {
+	g := gcpfake.Start(t)
+	at := func(id string, lastUse time.Time) {
+		t.Helper()
+		must(t, with([]string{"--kms-uri", g.URI(id)}, "kek create", "--cluster-id", id))
+		kek, err := all.Mux().Open(t.Context(), g.URI(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer kek.Close()
+		if err := keyconfig.LabelActive(t.Context(), kek, lastUse); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at("ours", time.Now().Add(-30*24*time.Hour))
+	at("gone", time.Now().Add(-30*24*time.Hour))
+	at("alive", time.Now().Add(-time.Hour))
+	g.CreateKey("strange") // without our labels
+	flags := []string{"--kms-uri", g.URI("ours")}
+
+	must(t, with(flags, "kek list"), `(?m)^gone +.*Z +true +enabled`, `(?m)^alive +.*Z +false +enabled`)
+	must(t, with(flags, "kek prune"), `would be +disabled: .*cryptoKeys/gone\S* \(cluster gone`)
+	if out := must(t, with(flags, "kek prune", "--yes"), `disabled +.*cryptoKeys/gone`); strings.Contains(out, "alive") || strings.Contains(out, "strange") || strings.Contains(out, "ours") {
+		t.Errorf("prune took too much:\n%s", out)
+	}
+	must(t, with(flags, "kek list"), `(?m)^gone +.*Z +true +disabled`, `(?m)^ours +.*Z +true +enabled`, `(?m)^alive .* enabled`)
+	if code, _ := keyService(t, with(flags, "kek prune", "--older-than", "1h")...); code != 2 {
+		t.Error("an --older-than below the keep-alive's period is accepted")
+	}
+	must(t, with(flags, "kek keep-alive"))
+	must(t, with(flags, "kek list"), `(?m)^ours +.*Z +false +enabled`)
+}
+
+// TestKeyPolicy: a policy document reaches the KMS as it is.
+func TestKeyPolicy(t *testing.T) {
+	g := gcpfake.Start(t)
+	policy, err := json.Marshal(map[string]any{"version": 3, "bindings": []any{map[string]any{
+		"role": "roles/cloudkms.cryptoKeyEncrypterDecrypter", "members": []string{"user:somebody@example.com"},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, with([]string{"--kms-uri", g.URI("kek")}, "kek create", "--cluster-id", "one", "--policy-file", write(t, string(policy))))
+	if got := g.Policy("kek").String(); !strings.Contains(got, "user:somebody@example.com") {
+		t.Errorf("the policy is %s", got)
+	}
+}
+
+// TestKEKsOfOtherServices: create, rotate, rewrap, retire where the service
+// keeps its versions otherwise.
+func TestKEKsOfOtherServices(t *testing.T) {
+	a, v := peers.LocalKMS(t), peers.Transit(t)
+	for name, uri := range map[string]string{
+		"awskms":  "awskms:///alias/kek?region=" + a.Region + "&endpoint=" + url.PathEscape(a.Endpoint) + "&credentials-file=" + a.CredentialsFile,
+		"transit": v.URI("new"),
+		"pkcs11":  peers.SoftHSM(t).URI("new"),
+		"kmip":    peers.PyKMIP(t).NameURI("new"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			flags := append(localStore(t), "--kms-uri", uri)
+			must(t, with(flags, "kek create", "--cluster-id", "one"), "current")
+			must(t, with(flags, "check"), "all .* steps are right")
+			must(t, with(flags, "dek create", "d/one"), "prepared")
+			must(t, with(flags, "kek rotate"), "current")
+			must(t, with(flags, "rewrap"), "rewrapped 1 of 1")
+			versions := must(t, with(flags, "kek versions"), `, current +\S.* 1\n`)
+			if strings.Count(versions, "\n") < 3 && name != "awskms" {
+				t.Errorf("one version after rotation:\n%s", versions)
+			}
+			must(t, with(flags, "dek delete", "d/one"), "would be deleted")
+		})
+	}
+}
+
+// TestKeepAlive: a KEK is labelled at once.
+func TestKeepAlive(t *testing.T) {
+	g := gcpfake.Start(t)
+	must(t, with([]string{"--kms-uri", g.URI("kek")}, "kek create", "--cluster-id", "one"))
+	kek, err := all.Mux().Open(t.Context(), g.URI("kek"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kek.Close()
+	if err := kek.LabelKey(t.Context(), map[string]string{kms.LabelActive: "1"}); err != nil {
+		t.Fatal(err)
+	}
+	before := g.Calls("UpdateCryptoKey")
+	done := make(chan struct{})
+	go func() { keyconfig.KeepAlive(t.Context(), kek, slog.New(slog.DiscardHandler)); close(done) }()
+	for g.Calls("UpdateCryptoKey") == before {
+		time.Sleep(time.Millisecond)
+	}
+	key, err := kek.DescribeKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := strconv.ParseInt(key.Labels[kms.LabelActive], 10, 64); err != nil || time.Since(time.Unix(n, 0)) > time.Minute {
+		t.Errorf("labels %v", key.Labels)
+	}
+}

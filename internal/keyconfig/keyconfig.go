@@ -1,0 +1,281 @@
+// Package keyconfig is the configuration of keys that the programs share:
+// flags that name KEKs and stores, and what becomes of them.
+package keyconfig
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/envelope/stores"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/internal/config"
+	"github.com/cryptcsi/cryptcsi/kms"
+	"github.com/cryptcsi/cryptcsi/kms/all"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// MinRecordAuth is the shortest secret of --record-auth-secret-file, in bytes.
+const MinRecordAuth = 32
+
+// maxFile bounds every file that is read here.
+const maxFile = 64 << 10
+
+// Flags is the configuration as it was given. The zero value has none.
+type Flags struct {
+	kms, storage []config.Item
+	recordAuth   string
+	grace        time.Duration
+	kekTimeout   time.Duration
+}
+
+// The kinds of a config.Item.
+const (
+	uriItem  = "uri"
+	fileItem = "file"
+)
+
+// Add adds the flags.
+func (f *Flags) Add(fs *flag.FlagSet) {
+	fs.Var(&config.List{Items: &f.kms, Kind: uriItem}, "kms-uri", "KEK, e.g. cluster:///etc/cryptcsi/master-secret?salt-file=/etc/cryptcsi/salt; of several the first wraps and all unwrap")
+	fs.Var(&config.List{Items: &f.kms, Kind: fileItem}, "kms-uri-file", "file that holds a --kms-uri, for a URI with a secret in it; may be repeated")
+	fs.Var(&config.List{Items: &f.storage, Kind: uriItem}, "storage-uri", "store of the wrapped DEKs, e.g. s3://bucket?region=eu-central-1; of several the first gets new ones")
+	fs.Var(&config.List{Items: &f.storage, Kind: fileItem}, "storage-uri-file", "file that holds a --storage-uri; may be repeated")
+	fs.StringVar(&f.recordAuth, "record-auth-secret-file", "", "file with a random secret (32 bytes at least) that authenticates records; needed where the KEK wraps with a public key")
+	fs.DurationVar(&f.grace, "delete-grace", 0, "how long the key of a deleted volume can be restored; 0 destroys it at once")
+	fs.DurationVar(&f.kekTimeout, "kms-timeout", kms.DefaultTimeout, "how long one call to a KMS may take")
+}
+
+// Given says whether a KEK, and whether a store was named.
+func (f *Flags) Given() (kek, store bool) { return len(f.kms) > 0, len(f.storage) > 0 }
+
+// Check finds what can be found without reading a file.
+func (f *Flags) Check() error {
+	kek, store := f.Given()
+	switch {
+	case !kek:
+		return errdefs.Errorf(errdefs.ErrInvalid, "--kms-uri (or --kms-uri-file) is required")
+	case !store:
+		return errdefs.Errorf(errdefs.ErrInvalid, "--storage-uri (or --storage-uri-file) is required")
+	case f.kekTimeout <= 0 || f.grace < 0:
+		return errdefs.Errorf(errdefs.ErrInvalid, "--kms-timeout must be above zero and --delete-grace not below")
+	}
+	return nil
+}
+
+// Opened is one KEK or store of the configuration: it, or why it did not open.
+type Opened[T any] struct {
+	Name string // its URI without parameters, or where the URI was to come from
+	It   T
+	Err  error
+	uri  string
+}
+
+// Keys are the KEKs and stores of a configuration, the default ones first.
+type Keys struct {
+	KEKs   []Opened[*kms.KEK]
+	Stores []Opened[envelope.Store]
+
+	mux        kms.Mux // one, because backends may share what they load
+	recordAuth secret.Bytes
+	grace      time.Duration
+	files      []io.Closer
+}
+
+// Open opens every KEK and store, without calling a service, and tells log of
+// URIs that should be written otherwise. The error is about anything else;
+// Keys.Err is about them. The caller closes the Keys.
+func (f *Flags) Open(ctx context.Context, o kms.Options, log *slog.Logger) (*Keys, error) {
+	k := &Keys{grace: f.grace, mux: all.Mux()}
+	if f.recordAuth != "" {
+		s, err := readSecret(f.recordAuth)
+		if err != nil {
+			return nil, fmt.Errorf("--record-auth-secret-file: %w", err)
+		}
+		k.recordAuth = s
+	}
+	if o.Timeout == 0 {
+		o.Timeout = f.kekTimeout
+	}
+	for _, item := range f.kms {
+		k.KEKs = append(k.KEKs, open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o) }))
+	}
+	for _, item := range f.storage {
+		s := open(k, item, "storage", log, func(uri string) (envelope.Store, error) {
+			store, err := stores.Mux().Open(ctx, uri)
+			if err != nil {
+				return nil, err
+			}
+			return Probed(store), nil
+		})
+		if s.It != nil || s.Err != nil { // storage://no-store is none
+			k.Stores = append(k.Stores, s)
+		}
+	}
+	return k, nil
+}
+
+// open opens what one flag names.
+func open[T any](k *Keys, item config.Item, what string, log *slog.Logger, open func(uri string) (T, error)) Opened[T] {
+	o := Opened[T]{Name: "--" + what + "-uri"}
+	uri := item.Value
+	if item.Kind == fileItem {
+		o.Name = fmt.Sprintf("--%s-uri-file %s", what, item.Value)
+		if uri, o.Err = readURI(item.Value); o.Err != nil {
+			return o
+		}
+	}
+	if kms.IsConstellation(uri) {
+		translation, err := kms.FromConstellation(uri)
+		if err != nil {
+			o.Err = err
+			return o
+		}
+		k.files = append(k.files, translation)
+		for _, warning := range translation.Warnings {
+			log.Warn(warning, "flag", o.Name)
+		}
+		if uri = translation.URI; uri == "" {
+			return o
+		}
+	}
+	if u, err := kms.ParseURI(uri); err == nil {
+		o.Name = kms.Redact(u)
+	}
+	o.uri = uri
+	o.It, o.Err = open(uri)
+	return o
+}
+
+// OpenKEK opens another KEK in the place of the first one, with its
+// credentials: parameters that uri lacks are taken from there.
+func (k *Keys) OpenKEK(ctx context.Context, uri string) (*kms.KEK, error) {
+	u, err := kms.ParseURI(uri)
+	if err != nil {
+		return nil, err
+	}
+	own, err := kms.ParseURI(k.KEKs[0].uri)
+	if err != nil {
+		return nil, err
+	}
+	query := strings.Split(u.RawQuery, "&")
+	for pair := range strings.SplitSeq(own.RawQuery, "&") {
+		name, _, _ := strings.Cut(pair, "=")
+		if !slices.ContainsFunc(query, func(q string) bool { return strings.HasPrefix(q, name+"=") }) {
+			query = append(query, pair)
+		}
+	}
+	u.RawQuery = strings.Trim(strings.Join(query, "&"), "&")
+	return k.mux.OpenWith(ctx, u.String(), kms.Options{})
+}
+
+// Err says which KEKs and stores did not open.
+func (k *Keys) Err() error {
+	var errs []error
+	for _, o := range k.KEKs {
+		errs = append(errs, o.Err)
+	}
+	for _, o := range k.Stores {
+		errs = append(errs, o.Err)
+	}
+	return errors.Join(errs...)
+}
+
+// Keyring returns the Keyring over all of them, which owns them from then on:
+// close it and then the Keys.
+func (k *Keys) Keyring(o envelope.Options) (*envelope.Keyring, error) {
+	if err := k.Err(); err != nil {
+		return nil, err
+	}
+	var keks []*kms.KEK
+	for _, o := range k.KEKs {
+		keks = append(keks, o.It)
+	}
+	var all []envelope.Store
+	for _, o := range k.Stores {
+		all = append(all, o.It)
+	}
+	o.RecordAuth, o.Grace = k.recordAuth, k.grace
+	keyring, err := envelope.New(keks, all, o)
+	if err != nil {
+		return nil, err
+	}
+	k.KEKs, k.Stores, k.recordAuth = nil, nil, secret.Bytes{}
+	return keyring, nil
+}
+
+// RecordAuth says whether there is a secret that authenticates records.
+func (k *Keys) RecordAuth() bool { return k.recordAuth.Len() > 0 }
+
+// Close closes what no Keyring owns.
+func (k *Keys) Close() error {
+	var errs []error
+	for _, o := range k.KEKs {
+		if o.It != nil {
+			errs = append(errs, o.It.Close())
+		}
+	}
+	for _, o := range k.Stores {
+		if c, ok := o.It.(io.Closer); ok {
+			errs = append(errs, c.Close())
+		}
+	}
+	k.recordAuth.Wipe()
+	for _, f := range k.files {
+		errs = append(errs, f.Close())
+	}
+	k.KEKs, k.Stores, k.files = nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// readURI reads the one line of a file.
+func readURI(path string) (string, error) {
+	data, err := readFile(path)
+	if err != nil {
+		return "", err
+	}
+	uri := strings.TrimSpace(string(data))
+	if uri == "" || strings.ContainsAny(uri, "\r\n") {
+		return "", errdefs.Errorf(errdefs.ErrInvalid, "%s must hold one URI on one line", path)
+	}
+	return uri, nil
+}
+
+func readSecret(path string) (secret.Bytes, error) {
+	data, err := readFile(path)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	s := secret.Take(data)
+	if s.Len() < MinRecordAuth {
+		n := s.Len()
+		s.Wipe()
+		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "%s has %d bytes, at least %d random ones are needed: head -c 32 /dev/urandom", path, n, MinRecordAuth)
+	}
+	return s, nil
+}
+
+func readFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
+	}
+	if len(data) > maxFile {
+		clear(data)
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%s is longer than %d bytes", path, maxFile)
+	}
+	return data, nil
+}
