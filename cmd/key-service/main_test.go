@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -48,7 +49,7 @@ func mustFail(t *testing.T, args []string, words ...string) {
 
 // with adds flags to a verb and its arguments.
 func with(flags []string, args ...string) []string {
-	return append(strings.Split(args[0], " "), append(flags[:len(flags):len(flags)], args[1:]...)...)
+	return append(strings.Split(args[0], " "), append(slices.Clip(flags), args[1:]...)...)
 }
 
 func write(t *testing.T, content string) string {
@@ -111,7 +112,7 @@ func TestLifeOfKeys(t *testing.T) {
 	mustFail(t, with(first, "kek rotate"), "not offered for scheme static")
 
 	// Deleted, restored, deleted for good, forgotten.
-	grace := append(last[:len(last):len(last)], "--delete-grace", "1h")
+	grace := append(slices.Clip(last), "--delete-grace", "1h")
 	must(t, with(last, "dek delete", "d/one"), "would be deleted: d/one")
 	must(t, with(grace, "dek delete", "--yes", "d/one"), "deleted +d/one")
 	must(t, with(last, "dek list"), "d/one +deleted until 2")

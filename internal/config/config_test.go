@@ -59,7 +59,7 @@ func TestLoad(t *testing.T) {
 func TestLoadRefuses(t *testing.T) {
 	const s = "S3CR3T"
 	for _, tt := range []struct{ name, content, want string }{
-		{"unknown", "nmae: " + s, `no flag "nmae"`},
+		{"unknown", "title: " + s, `no flag "title"`},
 		{"itself", "config: " + s, `no flag "config"`},
 		{"twice", "name: " + s + "\nname: b", "twice"},
 		{"no mapping", "- " + s, "not a YAML mapping"},

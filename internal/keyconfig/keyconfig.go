@@ -141,7 +141,7 @@ func open[T any](k *Keys, item config.Item, what string, log *slog.Logger, open 
 		}
 		k.files = append(k.files, translation)
 		for _, warning := range translation.Warnings {
-			log.Warn(warning, "flag", o.Name)
+			log.Warn("an old form of URI", "flag", o.Name, "why", warning)
 		}
 		if uri = translation.URI; uri == "" {
 			return o
