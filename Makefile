@@ -59,7 +59,7 @@ test: unit test-keys kernel ## all tests; sanity is one of the kernel's
 
 .PHONY: unit
 unit: build ## tests that need neither a kernel nor a server of their own, with the race detector
-	go test -race -skip '^TestKernel' $$($(call packages,grep -v)) .
+	go test -race -skip '^TestKernel' $$($(call packages,grep -v))
 
 .PHONY: peers
 peers: install # the servers that test-keys talks to
