@@ -4,7 +4,6 @@ package grpcserver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -36,6 +35,9 @@ type Config struct {
 	Observe Observer            // nil: nobody is told
 	Drain   time.Duration       // bound of a graceful stop; 0: 30 s
 	Options []grpc.ServerOption // more of gRPC's own
+	// HideRequests keeps requests out of the log at every level: they hold
+	// secrets that nothing marks as such.
+	HideRequests bool
 }
 
 // Server is a gRPC server with the project's habits. Services are registered
@@ -80,14 +82,17 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		return <-served
 	case <-late.C:
 	}
-	// Stop closes the connections and cancels the calls' contexts. It waits
-	// for no handler: one that a dead device holds must not hold the process.
+	// Stop closes the connections and cancels the calls' contexts. Nobody waits
+	// for it: while a handler hangs, GracefulStop may hold the lock that both
+	// need, and one that a dead device holds must not hold the process.
 	go s.Stop()
-	return errors.Join(fmt.Errorf("calls were still running %v after the stop signal and were cut off", s.cfg.Drain), <-served)
+	return fmt.Errorf("calls were still running %v after the stop signal and were cut off", s.cfg.Drain)
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	s.cfg.Logger.Log(ctx, LevelRequest, "request", "method", info.FullMethod, "request", sanitized{req})
+	if !s.cfg.HideRequests {
+		s.cfg.Logger.Log(ctx, LevelRequest, "request", "method", info.FullMethod, "request", sanitized{req})
+	}
 	err = s.call(ctx, info.FullMethod, func() error {
 		resp, err = handler(ctx, req)
 		return errgrpc.ToGRPC(err)
