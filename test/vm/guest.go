@@ -117,8 +117,9 @@ func makeJob(o *options) (*job, error) {
 	if j.Args[0], err = filepath.Abs(j.Args[0]); err != nil {
 		return j, err
 	}
-	// The whole directory, for what lies beside the command; of a common one only the file.
-	j.Keep = []string{dir, filepath.Dir(j.Args[0])}
+	// The whole module, wherever it was checked out; the whole directory, for
+	// what lies beside the command, of a common one only the file.
+	j.Keep = []string{moduleRoot(dir), filepath.Dir(j.Args[0])}
 	if slices.Contains(emptyDirs(), j.Keep[1]) {
 		j.Keep[1] = j.Args[0]
 	}
@@ -140,6 +141,16 @@ func makeJob(o *options) (*job, error) {
 		}
 	}
 	return j, j.addFiles(o.outputs.files)
+}
+
+// moduleRoot is the directory of the Go module that dir is in, else dir.
+func moduleRoot(dir string) string {
+	for root := dir; root != "/"; root = filepath.Dir(root) {
+		if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
+			return root
+		}
+	}
+	return dir
 }
 
 // addFiles shares the files that the command is to write. A single file can

@@ -41,6 +41,7 @@ func TestVM(t *testing.T) {
 		"environment":             testEnvironment,
 		"outputs of a test":       testTestOutputs,
 		"go test -exec":           testGoTest,
+		"a module in /tmp":        testModule,
 		"a signal stops all":      testSignal,
 		"a killed program":        testKilled,
 		"kernel":                  testGuestKernel,
@@ -311,6 +312,21 @@ func testGoTest(t *testing.T, vm program) {
 	got, err := os.ReadFile(profile)
 	if err != nil || !strings.Contains(string(got), "kernel/loop.go:") {
 		t.Errorf("coverage profile: %v, %d bytes without kernel/loop.go", err, len(got))
+	}
+}
+
+// testModule: a test sees its whole module, also where that was checked out to
+// a directory that is empty in a guest.
+func testModule(t *testing.T, vm program) {
+	root := t.TempDir() // in /tmp
+	below := filepath.Join(root, "a", "b")
+	if err := errors.Join(os.MkdirAll(below, 0o755), os.WriteFile(filepath.Join(root, "go.mod"), []byte("module m\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := vm.command(t, "cat", "../../go.mod")
+	cmd.Dir = below
+	if out := mustRun(t, cmd); out != "module m\n" {
+		t.Errorf("the module's file reads %q", out)
 	}
 }
 
