@@ -259,6 +259,7 @@ func TestLinked(t *testing.T) {
 func TestWhoKnowsGRPCCodes(t *testing.T) {
 	may := []string{
 		"api/...", "errdefs/errgrpc", "internal/grpcproxy", "internal/grpcserver", "driver/drivertest", "keyclient/keyclienttest", "test/...",
+		"keyservice",                         // ResourceExhausted and Unauthenticated: said before there is an error of any class
 		"kms/gcpckms", "kms/kmstest/gcpfake", // Google Cloud KMS speaks gRPC
 	}
 	for _, p := range list(t, "./...") {

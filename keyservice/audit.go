@@ -1,0 +1,165 @@
+package keyservice
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/errdefs/errgrpc"
+)
+
+// Decision is what was decided about one request and what came of it.
+type Decision struct {
+	Method  string // e.g. "GetDEK"
+	Who     Identity
+	DEK     string // its ID as the request has it; "" where the method has none
+	Allowed bool   // the caller may; whether it worked is Code's to say
+	Reason  string // why it was not allowed, or did not work
+	Code    string // gRPC's name of the answer's code
+	Took    time.Duration
+}
+
+// maxLogged bounds what the audit log repeats of a bad request, in bytes.
+const maxLogged = 300
+
+// call is one request on its way through the server.
+type call struct {
+	*Server
+	Decision
+	start time.Time
+}
+
+// serve takes a request about a DEK through admission, identification, do, and
+// the audit log, and returns the answer as gRPC has it. do calls one of c's
+// may methods before anything else but looking at the request.
+func serve[Answer any](ctx context.Context, s *Server, method, id string, do func(ctx context.Context, c *call) (Answer, error)) (Answer, error) {
+	var none Answer
+	c := &call{Server: s, Decision: Decision{Method: method, DEK: id}, start: time.Now()}
+	bounded, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
+	defer cancel()
+	if err := s.limit.enter(bounded); err != nil {
+		// Nothing is decided yet, so there is nothing to audit.
+		return none, errgrpc.ToGRPC(c.late(ctx, err))
+	}
+	defer s.limit.leave()
+	return answer(ctx, bounded, c, do)
+}
+
+// answer is serve once the request was admitted. bounded is ctx with a deadline.
+func answer[Answer any](ctx, bounded context.Context, c *call, do func(ctx context.Context, c *call) (Answer, error)) (Answer, error) {
+	var none Answer
+	var err error
+	if c.Who, c.Reason, err = c.identify(bounded); err != nil {
+		return none, c.end(ctx, err)
+	}
+	got, err := do(bounded, c)
+	if err = c.end(ctx, err); err != nil {
+		return none, err
+	}
+	return got, nil
+}
+
+// end writes the audit line, before the answer leaves the process, and returns
+// the answer's error.
+func (c *call) end(ctx context.Context, err error) error {
+	if err != nil && c.Reason == "" {
+		c.Reason = err.Error()
+	}
+	err = errgrpc.ToGRPC(c.late(ctx, err))
+	if status.Code(err) == codes.NotFound && !c.cfg.Policy.mayKnow(c.Who) {
+		err = errgrpc.ToGRPC(c.refusal())
+	}
+	c.Code, c.Took = status.Code(err).String(), time.Since(c.start)
+	c.audit(ctx)
+	c.cfg.Observe(c.Decision)
+	return err
+}
+
+// late tells our own deadline from the caller's: where only ours is over, the
+// caller may call again.
+func (c *call) late(ctx context.Context, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%s took the key service too long, so it gave up: call again", c.Method)
+	}
+	return err
+}
+
+func (c *call) audit(ctx context.Context) {
+	level := slog.LevelInfo
+	if !c.Allowed {
+		level = slog.LevelWarn
+	}
+	id := c.DEK[:min(len(c.DEK), maxLogged)]
+	attrs := []slog.Attr{
+		slog.String("method", c.Method), slog.String("identity", c.Who.Name), slog.String("node", c.Who.Node),
+		slog.String("dek_id", id), slog.Bool("allowed", c.Allowed), slog.String("code", c.Code), slog.String("peer", peerOf(ctx)),
+	}
+	if c.Reason != "" {
+		attrs = append(attrs, slog.String("reason", c.Reason))
+	}
+	c.cfg.Audit.LogAttrs(context.WithoutCancel(ctx), level, "decision", attrs...)
+}
+
+func peerOf(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
+		return p.Addr.String()
+	}
+	return ""
+}
+
+// refusal is the one answer to who may not, whatever the reason.
+func (c *call) refusal() error {
+	if c.DEK == "" {
+		return errdefs.Errorf(errdefs.ErrDenied, "%s may not call %s: the key service's audit log says why", c.Who.Name, c.Method)
+	}
+	return errdefs.Errorf(errdefs.ErrDenied, "%s may not call %s for DEK %s, or there is no such DEK: the key service's audit log says which", c.Who.Name, c.Method, c.DEK)
+}
+
+// decide makes a policy's word the call's.
+func (c *call) decide(ctx context.Context, err error) error {
+	c.Allowed = err == nil
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errdefs.ErrDenied):
+		c.Reason = err.Error()
+		return c.refusal()
+	case ctx.Err() != nil:
+		return ctx.Err()
+	}
+	c.Reason = err.Error()
+	return errdefs.Errorf(errdefs.ErrUnavailable, "whether %s may call %s for DEK %s cannot be told now: call again", c.Who.Name, c.Method, c.DEK)
+}
+
+// mayHave decides whether the caller may have the DEK.
+func (c *call) mayHave(ctx context.Context, id dek.ID) error {
+	return c.decide(ctx, c.cfg.Policy.volume(ctx, c.Who, id))
+}
+
+// mayDerive decides whether the caller may have a key derived for Constellation.
+func (c *call) mayDerive(ctx context.Context, id dek.ID) error {
+	return c.decide(ctx, c.cfg.Policy.prefix(ctx, c.Who, id))
+}
+
+// mayControl decides whether the caller may create and delete.
+func (c *call) mayControl(ctx context.Context) error {
+	if !c.cfg.Policy.controller(c.Who) {
+		return c.decide(ctx, errdefs.Errorf(errdefs.ErrDenied, "the identity is no controller"))
+	}
+	return c.decide(ctx, nil)
+}
+
+// mayOperate decides whether the caller may administer.
+func (c *call) mayOperate(ctx context.Context) error {
+	if !c.cfg.Policy.operator(c.Who) {
+		return c.decide(ctx, errdefs.Errorf(errdefs.ErrDenied, "the identity is no operator"))
+	}
+	return c.decide(ctx, nil)
+}
