@@ -1,4 +1,39 @@
-// Package kube talks to the API server.
+// Package kube talks to the API server: [Secrets] are a store, [Tokens] tell who
+// is asking, [Attachments] which node may have which volume's DEK, [Notes] keep a
+// header's floor on the PersistentVolume.
+//
+// # Permissions
+//
+// Secrets say themselves what they need. The others need this and nothing else;
+// without notes, neither patch nor, for a cluster that lists by watching
+// (sendInitialEvents, Kubernetes 1.32 and later), any list but that of
+// volumeattachments:
+//
+//	apiVersion: rbac.authorization.k8s.io/v1
+//	kind: ClusterRole
+//	metadata:
+//	  name: cryptcsi-key-service
+//	rules:
+//	- apiGroups: [authentication.k8s.io]
+//	  resources: [tokenreviews]
+//	  verbs: [create]
+//	- apiGroups: [storage.k8s.io]
+//	  resources: [volumeattachments]
+//	  verbs: [get, list, watch]
+//	- apiGroups: [storage.k8s.io]
+//	  resources: [csidrivers]
+//	  verbs: [list, watch]
+//	- apiGroups: [""]
+//	  resources: [nodes]
+//	  verbs: [get, list, watch]
+//	- apiGroups: [""]
+//	  resources: [persistentvolumes]
+//	  verbs: [get, list, watch, patch]
+//
+// Whoever may write VolumeAttachments, PersistentVolumes or CSIDrivers decides
+// who may have which key, and whoever may change annotations of
+// PersistentVolumes can undo a note: no node and no pod but Kubernetes'
+// controllers and the CSI sidecars has a need for either.
 package kube
 
 import (

@@ -176,6 +176,28 @@ func (s *APIServer) Allow(t testing.TB, user, namespace string, rules ...rbacv1.
 	must(t, err)
 }
 
+// AllowCluster gives a user the rules in the whole cluster, and nothing else
+// there that an earlier AllowCluster gave. It returns when the API server
+// decides so, for resources without a name.
+func (s *APIServer) AllowCluster(t testing.TB, user string, rules ...rbacv1.PolicyRule) {
+	t.Helper()
+	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: user}, Rules: rules}
+	defer s.awaitRules(t, user, "", rules)
+	_, err := s.Client.RbacV1().ClusterRoles().Create(t.Context(), role, metav1.CreateOptions{})
+	if apierrors.IsAlreadyExists(err) {
+		_, err = s.Client.RbacV1().ClusterRoles().Update(t.Context(), role, metav1.UpdateOptions{})
+		must(t, err)
+		return
+	}
+	must(t, err)
+	_, err = s.Client.RbacV1().ClusterRoleBindings().Create(t.Context(), &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: user},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.UserKind, Name: user}},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: user},
+	}, metav1.CreateOptions{})
+	must(t, err)
+}
+
 // awaitRules asks until the authorizer, which watches the rules, has them.
 func (s *APIServer) awaitRules(t testing.TB, user, namespace string, rules []rbacv1.PolicyRule) {
 	t.Helper()
@@ -187,7 +209,7 @@ func (s *APIServer) awaitRules(t testing.TB, user, namespace string, rules []rba
 			for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 				review, err := s.Client.AuthorizationV1().SubjectAccessReviews().Create(t.Context(), &authorizationv1.SubjectAccessReview{
 					Spec: authorizationv1.SubjectAccessReviewSpec{User: user, ResourceAttributes: &authorizationv1.ResourceAttributes{
-						Namespace: namespace, Verb: verb, Resource: rule.Resources[0],
+						Namespace: namespace, Verb: verb, Group: rule.APIGroups[0], Resource: rule.Resources[0],
 					}},
 				}, metav1.CreateOptions{})
 				must(t, err)
