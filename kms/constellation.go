@@ -8,9 +8,8 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
 )
 
 // Translation is a URI of Edgeless Constellation in our own words. What was
@@ -213,20 +212,13 @@ func (t *Translation) awsCredentials(p map[string]string) (path string, err erro
 
 // secret puts what stood in a parameter into a file in memory.
 func (t *Translation) secret(name string, content []byte) (path string, err error) {
-	fd, err := unix.MemfdCreate("cryptcsi-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	f, path, err := secret.MemoryFile(name, content)
 	if err != nil {
-		return "", errdefs.Errorf(errdefs.ErrUnavailable, "a file in memory for %s: %w", name, err)
+		return "", errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 	}
-	f := os.NewFile(uintptr(fd), name)
 	t.files = append(t.files, f)
-	if _, err := f.Write(content); err != nil {
-		return "", errdefs.Errorf(errdefs.ErrUnavailable, "a file in memory for %s: %w", name, err)
-	}
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
-		return "", errdefs.Errorf(errdefs.ErrUnavailable, "sealing a file in memory for %s: %w", name, err)
-	}
 	t.Warnings = append(t.Warnings, fmt.Sprintf("the URI holds a secret (%s), which whoever sees the configuration can read: put it into a file and use this build's own URIs", name))
-	return fmt.Sprintf("/proc/self/fd/%d", fd), nil
+	return path, nil
 }
 
 // uri sets the URI from its parts, the parameters in the order given.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/keyclient"
 	"github.com/cryptcsi/cryptcsi/kms"
 )
 
@@ -23,6 +24,7 @@ type metrics struct {
 	rpcs       *prometheus.HistogramVec
 	operations *prometheus.CounterVec
 	kms        *prometheus.HistogramVec
+	keyService *prometheus.HistogramVec
 }
 
 // buckets go from what a stage should take to kubelet's two minutes.
@@ -37,6 +39,8 @@ func newMetrics(library string, list func() ([]cryptmapper.Mapping, error), stuc
 			Help: "Operations on crypt devices, by operation and class of error."}, []string{"operation", "result"}),
 		kms: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cryptcsi_kms_call_seconds",
 			Help: "Calls to the KMS, by scheme, operation and class of error.", Buckets: buckets}, []string{"scheme", "operation", "result"}),
+		keyService: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cryptcsi_key_service_call_seconds",
+			Help: "Attempts of calls to the key service, by method and gRPC code.", Buckets: buckets}, []string{"method", "code"}),
 	}
 	info := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cryptcsi_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": version, "commit": commit, "libcryptsetup": library}}, func() float64 { return 1 })
@@ -50,7 +54,7 @@ func newMetrics(library string, list func() ([]cryptmapper.Mapping, error), stuc
 	})
 	hanging := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cryptcsi_running_workers",
 		Help: "Volumes with an operation under way; one that stays here sits on a device that hangs."}, func() float64 { return float64(len(stuck())) })
-	m.registry.MustRegister(m.rpcs, m.operations, m.kms, info, open, hanging,
+	m.registry.MustRegister(m.rpcs, m.operations, m.kms, m.keyService, info, open, hanging,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -65,6 +69,10 @@ func (m *metrics) operation(op cryptmapper.Op, _ string, err error) {
 
 func (m *metrics) call(c kms.Call) {
 	m.kms.WithLabelValues(c.Scheme, c.Op, result(c.Err)).Observe(c.Duration.Seconds())
+}
+
+func (m *metrics) keyCall(c keyclient.Call) {
+	m.keyService.WithLabelValues(c.Method, c.Code).Observe(c.Duration.Seconds())
 }
 
 // result names the class of an error, in few enough words for a label.

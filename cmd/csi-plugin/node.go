@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -22,12 +21,10 @@ import (
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
-	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/internal/config"
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
 	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
-	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
@@ -36,6 +33,7 @@ type nodeFlags struct {
 	log                        logging.Flags
 	file                       config.File
 	keys                       keyconfig.Flags
+	service                    keyServiceFlags
 	endpoint, wrapped          string
 	driverName, nodeName       string
 	kubeletDir                 string
@@ -54,6 +52,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	f.log.Add(fs)
 	f.file.Add(fs)
 	f.keys.Add(fs)
+	f.service.add(fs)
 	hostname, _ := os.Hostname()
 	fs.StringVar(&f.endpoint, "endpoint", cmp.Or(os.Getenv("CSI_ENDPOINT"), "unix:///csi/csi.sock"), "unix socket to serve CSI on; default from $CSI_ENDPOINT")
 	fs.StringVar(&f.wrapped, "wrapped-endpoint", "", "unix socket of the wrapped driver's node server (required)")
@@ -81,8 +80,8 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 
 // check finds what can be found without touching anything.
 func (f *nodeFlags) check() error {
-	if err := f.keys.Check(); err != nil {
-		return usageError("node: " + err.Error())
+	if err := f.checkKeys(); err != nil {
+		return err
 	}
 	switch {
 	case f.wrapped == "":
@@ -108,7 +107,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return usageError("node: " + err.Error())
 	}
 	if f.file.Check {
-		_, closeKeys, err := openKeys(ctx, f, log, kms.Options{})
+		_, closeKeys, err := openKeys(ctx, f, log, newMetrics("", nil, nil))
 		if err == nil {
 			closeKeys()
 			fmt.Fprintln(stderr, "the configuration is right")
@@ -128,7 +127,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
 	defer cm.Shutdown()
 	m = newMetrics(library, cm.List, cm.Stuck)
-	keyring, closeKeys, err := openKeys(ctx, f, log, kms.Options{Observe: m.call})
+	keyring, closeKeys, err := openKeys(ctx, f, log, m)
 	if err != nil {
 		return err
 	}
@@ -179,33 +178,6 @@ func checkKeyring() error {
 	return nil
 }
 
-// openKeys opens KEKs and stores, as one Keyring: direct mode.
-func openKeys(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Options) (keyring *envelope.Keyring, closeAll func(), err error) {
-	keys, err := f.keys.Open(ctx, o, log)
-	if err != nil {
-		return nil, nil, err
-	}
-	if f.createKeys && !f.file.Check {
-		err = keys.Probe(ctx, log)
-	}
-	var first *kms.KEK
-	if err == nil && len(keys.KEKs) > 0 {
-		first = keys.KEKs[0].It
-	}
-	if err == nil {
-		keyring, err = keys.Keyring(envelope.Options{Survives: func(id dek.ID, until time.Time) {
-			log.Warn("a deleted key can still be unwrapped from an earlier version of its record, which the store keeps", "dek", id, "until", until)
-		}})
-	}
-	if err != nil {
-		return nil, nil, errors.Join(err, keys.Close())
-	}
-	if f.keepAlive && !f.file.Check {
-		go keyconfig.KeepAlive(ctx, first, log)
-	}
-	return keyring, func() { _ = errors.Join(keyring.Close(), keys.Close()) }, nil
-}
-
 // dial returns the one connection to the wrapped driver. It connects when it is
 // used, and again when the driver was restarted. Some servers refuse the
 // socket's path as authority.
@@ -217,7 +189,7 @@ func dial(endpoint string) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
-func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys *envelope.Keyring, m driver.Mapper, library string) (*driver.Driver, error) {
+func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m driver.Mapper, library string) (*driver.Driver, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	var creator driver.Creator

@@ -33,6 +33,10 @@ var (
 
 const usage = `key-service keeps the keys of encrypted volumes.
 
+  key-service serve              answer nodes, controllers and operators over gRPC
+  key-service unseal             give a service that was started with --sealed its KMS and store
+  key-service status             how a service is
+
   key-service check              try all that serving needs of KMS and store, and say what is missing
 
   key-service kek create         make the key-encryption key that --kms-uri names
@@ -71,6 +75,9 @@ func main() {
 // verbs by name; those of two words by both.
 func verbs() map[string]func(context.Context, *command) error {
 	return map[string]func(context.Context, *command) error{
+		"serve":          serve,
+		"unseal":         unseal,
+		"status":         status,
 		"check":          check,
 		"kek create":     kekCreate,
 		"kek describe":   kekDescribe,

@@ -105,6 +105,11 @@ func (f *Flags) Open(ctx context.Context, o kms.Options, log *slog.Logger) (*Key
 	if o.Timeout == 0 {
 		o.Timeout = f.kekTimeout
 	}
+	f.open(ctx, k, o, log)
+	return k, nil
+}
+
+func (f *Flags) open(ctx context.Context, k *Keys, o kms.Options, log *slog.Logger) {
 	for _, item := range f.kms {
 		k.KEKs = append(k.KEKs, open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o) }))
 	}
@@ -119,6 +124,60 @@ func (f *Flags) Open(ctx context.Context, o kms.Options, log *slog.Logger) (*Key
 		if s.It != nil || s.Err != nil { // storage://no-store is none
 			k.Stores = append(k.Stores, s)
 		}
+	}
+}
+
+// URIs returns the URIs that the flags give, those of files read, and the
+// secret that authenticates records, for somebody else to open. The caller
+// wipes the secret.
+func (f *Flags) URIs() (kmsURIs, storageURIs []string, recordAuth secret.Bytes, err error) {
+	for _, list := range []struct {
+		items []config.Item
+		uris  *[]string
+	}{{f.kms, &kmsURIs}, {f.storage, &storageURIs}} {
+		for _, item := range list.items {
+			uri := item.Value
+			if item.Kind == fileItem {
+				if uri, err = readURI(item.Value); err != nil {
+					return nil, nil, secret.Bytes{}, err
+				}
+			}
+			*list.uris = append(*list.uris, uri)
+		}
+	}
+	if f.recordAuth != "" {
+		recordAuth, err = readSecret(f.recordAuth)
+	}
+	return kmsURIs, storageURIs, recordAuth, err
+}
+
+// OpenGiven opens KEKs and stores that somebody gives to a process that runs.
+// Files stand for paths: {0}, {1}, … in the URIs. Files and recordAuth stay
+// the caller's.
+func OpenGiven(ctx context.Context, kmsURIs, storageURIs []string, files [][]byte, recordAuth []byte, o kms.Options, log *slog.Logger) (*Keys, error) {
+	k := &Keys{mux: all.Mux()}
+	var names []string
+	for i, content := range files {
+		f, path, err := secret.MemoryFile(fmt.Sprintf("given-%d", i), content)
+		if err != nil {
+			return nil, errors.Join(errdefs.Errorf(errdefs.ErrUnavailable, "%w", err), k.Close())
+		}
+		k.files = append(k.files, f)
+		names = append(names, fmt.Sprintf("{%d}", i), path)
+	}
+	if len(recordAuth) > 0 {
+		k.recordAuth = secret.Take(slices.Clone(recordAuth))
+	}
+	var f Flags
+	for _, uri := range kmsURIs {
+		f.kms = append(f.kms, config.Item{Kind: uriItem, Value: strings.NewReplacer(names...).Replace(uri)})
+	}
+	for _, uri := range storageURIs {
+		f.storage = append(f.storage, config.Item{Kind: uriItem, Value: strings.NewReplacer(names...).Replace(uri)})
+	}
+	f.open(ctx, k, o, log)
+	if err := k.Err(); err != nil {
+		return nil, errors.Join(err, k.Close())
 	}
 	return k, nil
 }

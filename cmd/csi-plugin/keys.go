@@ -1,0 +1,101 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"log/slog"
+	"time"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
+	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/kms"
+)
+
+// keys is where a node's DEKs come from: a key service, or a KMS and a store.
+type keys interface {
+	driver.Keys
+	driver.Creator
+	Close() error
+}
+
+// keyServiceFlags say how to reach the key service.
+type keyServiceFlags struct {
+	address, ca, cert, key, token, name, protocol string
+	plaintext                                     bool
+}
+
+func (f *keyServiceFlags) add(fs *flag.FlagSet) {
+	fs.StringVar(&f.address, "key-service", "", "key service to get DEKs from, dns:///host:port or unix:///path.sock; excludes --kms-uri and --storage-uri")
+	fs.StringVar(&f.ca, "key-service-ca-file", "", "authorities that sign its certificate")
+	fs.StringVar(&f.cert, "key-service-cert-file", "", "this node's certificate; read again when it changes")
+	fs.StringVar(&f.key, "key-service-key-file", "", "its key")
+	fs.StringVar(&f.token, "key-service-token-file", "", "projected service-account token to show instead of, or besides, a certificate; read again when it changes")
+	fs.StringVar(&f.name, "key-service-name", "", "name in the service's certificate, where that is not the address's host")
+	fs.StringVar(&f.protocol, "key-service-protocol", "", `"constellation" asks Constellation's key service, for volumes that it made`)
+	fs.BoolVar(&f.plaintext, "key-service-insecure-plaintext", false, "reach it without TLS over the network")
+}
+
+// checkKeys says whether the flags name one source of keys.
+func (f *nodeFlags) checkKeys() error {
+	kek, store := f.keys.Given()
+	direct := kek || store
+	switch {
+	case f.service.address != "" && direct:
+		return usageError("node: --key-service excludes --kms-uri and --storage-uri")
+	case f.service.address == "" && !direct:
+		return usageError("node: where keys come from is missing: --key-service, or --kms-uri and --storage-uri")
+	case direct:
+		if err := f.keys.Check(); err != nil {
+			return usageError("node: " + err.Error())
+		}
+	}
+	return nil
+}
+
+// openKeys opens what the flags name.
+func openKeys(ctx context.Context, f *nodeFlags, log *slog.Logger, m *metrics) (keys, func(), error) {
+	if f.service.address != "" {
+		c, err := keyclient.New(keyclient.Config{
+			Address: f.service.address, CAFile: f.service.ca, CertFile: f.service.cert, KeyFile: f.service.key,
+			TokenFile: f.service.token, ServerName: f.service.name, Protocol: keyclient.Protocol(f.service.protocol),
+			AllowPlaintextOverTheNetwork: f.service.plaintext, Observe: m.keyCall,
+		})
+		if err != nil {
+			return nil, nil, err
+		}
+		return c, func() { _ = c.Close() }, nil
+	}
+	return openDirect(ctx, f, log, kms.Options{Observe: m.call})
+}
+
+// openDirect opens KEKs and stores, as one Keyring: direct mode.
+func openDirect(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Options) (_ keys, closeAll func(), err error) {
+	opened, err := f.keys.Open(ctx, o, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	if f.createKeys && !f.file.Check {
+		err = opened.Probe(ctx, log)
+	}
+	var first *kms.KEK
+	if err == nil && len(opened.KEKs) > 0 {
+		first = opened.KEKs[0].It
+	}
+	var keyring *envelope.Keyring
+	if err == nil {
+		keyring, err = opened.Keyring(envelope.Options{Survives: func(id dek.ID, until time.Time) {
+			log.Warn("a deleted key can still be unwrapped from an earlier version of its record, which the store keeps", "dek", id, "until", until)
+		}})
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, opened.Close())
+	}
+	if f.keepAlive && !f.file.Check {
+		go keyconfig.KeepAlive(ctx, first, log)
+	}
+	return keyring, func() { _ = errors.Join(keyring.Close(), opened.Close()) }, nil
+}

@@ -1,0 +1,299 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/test/peers"
+)
+
+// served is a key-service that runs.
+type served struct {
+	mu   sync.Mutex
+	out  bytes.Buffer
+	stop context.CancelFunc
+	code chan int
+}
+
+func (s *served) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.out.Write(p)
+}
+
+func (s *served) said() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.out.String()
+}
+
+// start runs `key-service serve` until the test ends, and waits until it serves.
+func start(t *testing.T, args ...string) *served {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	s := &served{stop: cancel, code: make(chan int, 1)}
+	go func() { s.code <- run(ctx, append([]string{"serve", "--drain-timeout=5s"}, args...), s, s) }()
+	t.Cleanup(func() {
+		cancel()
+		if code := <-s.code; code != 0 {
+			t.Errorf("key-service serve ended with %d", code)
+		}
+		if t.Failed() {
+			t.Log(s.said())
+		}
+	})
+	for end := time.Now().Add(30 * time.Second); !strings.Contains(s.said(), `"serving"`); time.Sleep(5 * time.Millisecond) {
+		select {
+		case code := <-s.code:
+			s.code <- code
+			t.Fatalf("key-service serve ended at once with %d:\n%s", code, s.said())
+		default:
+		}
+		if time.Now().After(end) {
+			t.Fatalf("key-service does not serve:\n%s", s.said())
+		}
+	}
+	return s
+}
+
+func client(t *testing.T, c keyclient.Config) *keyclient.Client {
+	t.Helper()
+	k, err := keyclient.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = k.Close() })
+	return k
+}
+
+func socket(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "ks")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return "unix://" + filepath.Join(dir, "key.sock")
+}
+
+func wants(t *testing.T, what string, err, class error) {
+	t.Helper()
+	if class == nil && err != nil || class != nil && !errors.Is(err, class) {
+		t.Errorf("%s: %v, want %v", what, err, class)
+	}
+}
+
+func xts() dek.Spec { return dek.Spec{Cipher: dek.CipherXTS} }
+
+// TestServeLocally: a single node with its key service beside it.
+func TestServeLocally(t *testing.T) {
+	addr, metrics := socket(t), peers.Addr(t)
+	s := start(t, with(append(localStore(t), localKEK(t)...), "--listen="+addr, "--volume-policy=any", "--metrics-address="+metrics)...)
+	c := client(t, keyclient.Config{Address: addr})
+	made, err := c.CreateDEK(t.Context(), "d/one", xts())
+	wants(t, "CreateDEK", err, nil)
+	got, err := c.GetDEK(t.Context(), "d/one")
+	wants(t, "GetDEK", err, nil)
+	if !got.Key.Equal(made.Key) {
+		t.Error("another key")
+	}
+	made.Wipe()
+	got.Wipe()
+	_, err = c.GetDEK(t.Context(), "d/two")
+	wants(t, "GetDEK of nothing", err, errdefs.ErrNotFound)
+	must(t, []string{"status", "--address", addr}, `sealed +false`, `records +1\n`, `KEK +static://`)
+	for path, want := range map[string]string{"/metrics": `cryptcsi_key_decisions_total\{allowed="true",code="OK",method="CreateDEK"\} 1`, "/healthz": "ok", "/readyz": "ok"} {
+		r, err := http.Get("http://" + metrics + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, _ := io.ReadAll(r.Body)
+		_ = r.Body.Close()
+		if !regexp.MustCompile(want).Match(body) {
+			t.Errorf("%s has no %s:\n%s", path, want, body)
+		}
+	}
+	if !strings.Contains(s.said(), "every caller may have every key") {
+		t.Error("the open policy is not said aloud")
+	}
+}
+
+// TestSealed: nothing is served before an operator has given KMS and store; a
+// wrong secret changes nothing.
+func TestSealed(t *testing.T) {
+	ca := peers.NewCA(t)
+	cert, key := ca.Issue(t, "key-service")
+	operatorCert, operatorKey := ca.Issue(t, "operator")
+	nodeCert, nodeKey := ca.Issue(t, "system:node:a")
+	prefixes := write(t, "system:node:a: [\"d/*\"]\n")
+	addr := peers.Addr(t)
+	start(t, "--listen="+addr, "--sealed", "--volume-policy=prefix", "--prefix-file="+prefixes,
+		"--tls-cert-file="+cert, "--tls-key-file="+key, "--client-ca-file="+ca.File,
+		"--operator-identity=operator", "--controller-identity=controller")
+	node := client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: nodeCert, KeyFile: nodeKey, Attempts: 1})
+	_, err := node.GetDEK(t.Context(), "d/one")
+	wants(t, "GetDEK while sealed", err, errdefs.ErrUnavailable)
+	if err == nil || !strings.Contains(err.Error(), "sealed") {
+		t.Errorf("no word about the seal: %v", err)
+	}
+
+	master, salt, wrong := write(t, strings.Repeat("m", 32)), write(t, strings.Repeat("s", 32)), write(t, strings.Repeat("w", 32))
+	dir := t.TempDir()
+	must(t, []string{"dek", "create", "--kms-uri", "cluster://" + master + "?salt-file=" + salt, "--storage-uri", "file://" + dir, "d/one"}, "prepared")
+	as := func(cert, key string) []string {
+		return []string{"--address=dns:///" + addr, "--ca-file=" + ca.File, "--cert-file=" + cert, "--key-file=" + key}
+	}
+	uris := []string{"--kms-uri=cluster://{0}?salt-file={1}", "--storage-uri=file://" + dir, "--server-key-sha256=" + pin(t, cert)}
+	unseal := func(cert, key, master string, more ...string) []string {
+		return append(append(append([]string{"unseal"}, as(cert, key)...), append(uris, more...)...), "--file="+master, "--file="+salt)
+	}
+	mustFail(t, unseal(nodeCert, nodeKey, master), "denied|may not")
+	mustFail(t, unseal(operatorCert, operatorKey, master, "--server-key-sha256="+strings.Repeat("0", 64)), "nothing was sent")
+	mustFail(t, unseal(operatorCert, operatorKey, master, "--verify-command=grep -q CERTIFICATE && false"), "nothing was sent")
+	mustFail(t, unseal(operatorCert, operatorKey, wrong), "tried and not taken, nothing has changed")
+	must(t, append([]string{"status"}, as(operatorCert, operatorKey)...), `sealed +true`)
+	_, err = node.GetDEK(t.Context(), "d/one")
+	wants(t, "GetDEK after a wrong secret", err, errdefs.ErrUnavailable)
+
+	must(t, unseal(operatorCert, operatorKey, master, "--verify-command=grep -q CERTIFICATE"), `sealed +false`, `records +2\n`, `KEK +cluster://`)
+	got, err := node.GetDEK(t.Context(), "d/one")
+	wants(t, "GetDEK after unsealing", err, nil)
+	got.Wipe()
+	_, err = node.GetDEK(t.Context(), "e/one")
+	wants(t, "GetDEK of what the node may not have", err, errdefs.ErrDenied)
+	_, err = node.GetDEK(t.Context(), "d/none")
+	wants(t, "GetDEK of what there is not", err, errdefs.ErrDenied)
+	wants(t, "DeleteDEK by a node", node.DeleteDEK(t.Context(), "d/one"), errdefs.ErrDenied)
+}
+
+// pin is the SHA-256 of a certificate's public key, as openssl would give it.
+func pin(t *testing.T, certFile string) string {
+	t.Helper()
+	text, err := os.ReadFile(certFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(text)
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
+}
+
+// TestAttached: in Kubernetes a node gets the keys of volumes attached to it
+// and no others, and what it confirms is noted on the PersistentVolume.
+func TestAttached(t *testing.T) {
+	k := peers.Kube(t)
+	ctx := t.Context()
+	const handle = "vol-1"
+	id := dek.ID("d.example.com/" + handle)
+	_, err := k.Client.CoreV1().PersistentVolumes().Create(ctx, &corev1.PersistentVolume{
+		ObjectMeta: metav1.ObjectMeta{Name: "pv-1"},
+		Spec: corev1.PersistentVolumeSpec{
+			Capacity: corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")}, AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},
+			PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "d.example.com", VolumeHandle: handle}},
+		},
+	}, metav1.CreateOptions{})
+	wants(t, "PersistentVolume", err, nil)
+	attach := func(node string) string {
+		pv := "pv-1"
+		a := &storagev1.VolumeAttachment{
+			ObjectMeta: metav1.ObjectMeta{Name: "attach-" + node},
+			Spec:       storagev1.VolumeAttachmentSpec{Attacher: "d.example.com", NodeName: node, Source: storagev1.VolumeAttachmentSource{PersistentVolumeName: &pv}},
+		}
+		a, err := k.Client.StorageV1().VolumeAttachments().Create(ctx, a, metav1.CreateOptions{})
+		wants(t, "VolumeAttachment", err, nil)
+		a.Status.Attached = true
+		_, err = k.Client.StorageV1().VolumeAttachments().UpdateStatus(ctx, a, metav1.UpdateOptions{})
+		wants(t, "attached", err, nil)
+		return a.Name
+	}
+
+	ca := peers.NewCA(t)
+	cert, key := ca.Issue(t, "key-service")
+	addr := peers.Addr(t)
+	k.AllowCluster(t, "key-service", rules()...)
+	start(t, with(append(localStore(t), localKEK(t)...), "--listen="+addr, "--kubeconfig="+k.Kubeconfig(t, "key-service"),
+		"--tls-cert-file="+cert, "--tls-key-file="+key, "--client-ca-file="+ca.File, "--controller-identity=controller")...)
+	as := func(name string, without bool) *keyclient.Client {
+		cert, key := ca.Issue(t, name)
+		return client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: cert, KeyFile: key, CreateWithoutKey: without})
+	}
+	controller, a, b := as("controller", true), as("system:node:a", false), as("system:node:b", false)
+
+	_, err = controller.CreateDEK(ctx, id, xts())
+	wants(t, "CreateDEK", err, nil)
+	_, err = controller.GetDEK(ctx, id)
+	wants(t, "GetDEK by the controller", err, errdefs.ErrDenied)
+	_, err = a.GetDEK(ctx, id)
+	wants(t, "GetDEK before it is attached", err, errdefs.ErrDenied)
+	name := attach("a")
+	got, err := a.GetDEK(ctx, id)
+	wants(t, "GetDEK by the node", err, nil)
+	got.Wipe()
+	_, err = b.GetDEK(ctx, id)
+	wants(t, "GetDEK by another node", err, errdefs.ErrDenied)
+
+	uuid := dek.NewUUID()
+	_, err = a.ClaimFormat(ctx, id, dek.Claim{Node: "a", UUID: uuid})
+	wants(t, "ClaimFormat", err, nil)
+	_, err = a.ClaimFormat(ctx, id, dek.Claim{Node: "b", UUID: uuid})
+	wants(t, "ClaimFormat in another's name", err, errdefs.ErrDenied)
+	wants(t, "ConfirmDEK", a.ConfirmDEK(ctx, id, dek.HeaderID{UUID: uuid, Sequence: 3}), nil)
+	pv, err := k.Client.CoreV1().PersistentVolumes().Get(ctx, "pv-1", metav1.GetOptions{})
+	if want := fmt.Sprintf("%s:3", uuid); err != nil || pv.Annotations["cryptcsi.io/formatted"] != want {
+		t.Errorf("the PersistentVolume's note is %v, %v; want %s", pv.Annotations, err, want)
+	}
+
+	wants(t, "detaching", k.Client.StorageV1().VolumeAttachments().Delete(ctx, name, metav1.DeleteOptions{}), nil)
+	for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
+		got, err := a.GetDEK(ctx, id)
+		if errors.Is(err, errdefs.ErrDenied) {
+			break
+		}
+		got.Wipe()
+		if time.Now().After(end) {
+			t.Fatalf("a second after it was detached the node still gets the key: %v", err)
+		}
+	}
+}
+
+// rules are what the key service needs of the API server.
+func rules() []rbacv1.PolicyRule {
+	rule := func(group, resource string, verbs ...string) rbacv1.PolicyRule {
+		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, Verbs: verbs}
+	}
+	return []rbacv1.PolicyRule{
+		rule("storage.k8s.io", "volumeattachments", "get", "list", "watch"),
+		rule("storage.k8s.io", "csidrivers", "get", "list", "watch"),
+		rule("", "persistentvolumes", "get", "list", "watch", "patch"),
+		rule("", "nodes", "get", "list", "watch"),
+		rule("authentication.k8s.io", "tokenreviews", "create"),
+	}
+}

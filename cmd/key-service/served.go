@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	keyservicev1 "github.com/cryptcsi/cryptcsi/api/keyservice/v1"
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
+	"github.com/cryptcsi/cryptcsi/keyservice"
+	"github.com/cryptcsi/cryptcsi/kms"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// selfCheck is the DEK of no volume that tells a right KEK from a wrong one.
+const selfCheck dek.ID = "check.cryptcsi.io/self-check"
+
+// countFor is how long the number of records is remembered.
+const countFor = 5 * time.Minute
+
+// holder has what is served: from the start, or from the unsealing on.
+type holder struct {
+	mu      sync.Mutex
+	keys    *keyconfig.Keys // its files
+	keyring *envelope.Keyring
+	keks    []*kms.KEK // the keyring's
+	ready   chan struct{}
+
+	counted time.Time
+	records int64
+	countOK error
+}
+
+// derived is a Keyring that also derives keys, for Constellation.
+type derived struct {
+	*envelope.Keyring
+	kek *kms.KEK
+}
+
+func (d derived) Derive(ctx context.Context, id string) (secret.Bytes, error) {
+	return d.kek.Derive(ctx, id)
+}
+
+// open makes what is served of keys, and owns them.
+func (h *holder) open(keys *keyconfig.Keys, log *slog.Logger) (keyservice.Keys, error) {
+	var keks []*kms.KEK
+	for _, k := range keys.KEKs {
+		keks = append(keks, k.It)
+	}
+	keyring, err := keys.Keyring(envelope.Options{Survives: func(id dek.ID, until time.Time) {
+		log.Warn("a deleted key can still be unwrapped from an earlier version of its record, which the store keeps", "dek", id, "until", until)
+	}})
+	if err != nil {
+		return nil, errors.Join(err, keys.Close())
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.keys, h.keyring, h.keks = keys, keyring, keks
+	if h.ready == nil {
+		h.ready = make(chan struct{})
+	}
+	close(h.ready)
+	if keks[0].CanDerive() {
+		return derived{keyring, keks[0]}, nil
+	}
+	return keyring, nil
+}
+
+func (h *holder) close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.keyring != nil {
+		_ = errors.Join(h.keyring.Close(), h.keys.Close())
+	}
+}
+
+// opened returns what is served, nil while sealed.
+func (h *holder) opened() (*envelope.Keyring, []*kms.KEK) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.keyring, h.keks
+}
+
+// keepAlive labels the KEK as in use, once there is one.
+func (h *holder) keepAlive(ctx context.Context, log *slog.Logger) {
+	h.mu.Lock()
+	if h.ready == nil {
+		h.ready = make(chan struct{})
+	}
+	ready := h.ready
+	h.mu.Unlock()
+	select {
+	case <-ready:
+		_, keks := h.opened()
+		keyconfig.KeepAlive(ctx, keks[0], log)
+	case <-ctx.Done():
+	}
+}
+
+// status asks every KEK and counts the records.
+func (h *holder) status(ctx context.Context) (*keyservicev1.StatusResponse, error) {
+	s := &keyservicev1.StatusResponse{Records: -1}
+	keyring, keks := h.opened()
+	if keyring == nil {
+		return s, nil
+	}
+	for _, k := range keks {
+		kek := &keyservicev1.Kek{Name: k.Name()}
+		var err error
+		if kek.KeyId, err = k.CurrentKeyID(ctx); err != nil {
+			kek.Error = err.Error()
+		}
+		s.Keks = append(s.Keks, kek)
+	}
+	n, err := h.count(ctx)
+	if err != nil {
+		s.RecordsError = err.Error()
+		return s, nil
+	}
+	s.Records = n
+	return s, nil
+}
+
+// count returns how many DEKs there are, as of some minutes ago; -1 while sealed.
+func (h *holder) count(ctx context.Context) (int64, error) {
+	keyring, _ := h.opened()
+	if keyring == nil {
+		return -1, nil
+	}
+	h.mu.Lock()
+	if time.Since(h.counted) < countFor {
+		defer h.mu.Unlock()
+		return h.records, h.countOK
+	}
+	h.mu.Unlock()
+	var n int64
+	err := each(ctx, keyring, func(i envelope.Info) error {
+		if i.Err != nil || i.State != dek.Deleted {
+			n++
+		}
+		return nil
+	})
+	if err != nil {
+		n = -1
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.counted, h.records, h.countOK = time.Now(), n, err
+	return n, err
+}
+
+// unseal opens what an operator gives, and tries it before it is believed: on
+// the store, on a record if there is one, and on a record of its own.
+func (s *service) unseal(ctx context.Context, req *keyservicev1.UnsealRequest) (keyservice.Keys, error) {
+	keys, err := keyconfig.OpenGiven(ctx, req.GetKmsUris(), req.GetStorageUris(), req.GetFiles(), req.GetRecordAuthSecret(),
+		kms.Options{Observe: s.metrics.call}, s.log)
+	if err != nil {
+		return nil, err
+	}
+	trial := &holder{}
+	served, err := trial.open(keys, s.log)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.try(ctx, served, trial.keyring); err != nil {
+		trial.close()
+		return nil, fmt.Errorf("this KMS and store were tried and not taken, nothing has changed: %w", err)
+	}
+	s.served.take(trial)
+	return served, nil
+}
+
+// take is given what another holder has.
+func (h *holder) take(from *holder) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.keys, h.keyring, h.keks = from.keys, from.keyring, from.keks
+	if h.ready == nil {
+		h.ready = make(chan struct{})
+	}
+	close(h.ready)
+}
+
+// try opens a record that is there, and one of our own, made at the first time.
+func (s *service) try(ctx context.Context, served keyservice.Keys, k *envelope.Keyring) error {
+	if _, derives := served.(keyservice.Deriver); s.flags.constellation && !derives {
+		return errdefs.Errorf(errdefs.ErrInvalid, "--constellation-api needs a KEK that derives keys: cluster://")
+	}
+	found := errors.New("found one")
+	err := each(ctx, k, func(i envelope.Info) error {
+		if i.Err != nil || i.State == dek.Deleted || i.ID == selfCheck {
+			return nil
+		}
+		d, err := k.GetDEK(ctx, i.ID)
+		if err != nil {
+			return err
+		}
+		d.Wipe()
+		return found
+	})
+	if err != nil && !errors.Is(err, found) {
+		return err
+	}
+	d, err := k.CreateDEK(ctx, selfCheck, dek.Spec{Cipher: dek.CipherXTS})
+	if err != nil {
+		return err
+	}
+	d.Wipe()
+	return nil
+}
