@@ -10,7 +10,7 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/kms"
-	"github.com/cryptcsi/cryptcsi/kms/all"
+	"github.com/cryptcsi/cryptcsi/kms/cluster"
 )
 
 // TestFromConstellation: every form of Constellation's; <secret> stands for
@@ -128,7 +128,7 @@ func TestConstellationClusterKMS(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer translated.Close()
-	kek, err := all.Mux().Open(t.Context(), translated.URI)
+	kek, err := kms.Mux{cluster.Scheme: cluster.Open}.Open(t.Context(), translated.URI)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,7 +11,6 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/kms"
-	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest"
 )
 
@@ -90,16 +89,6 @@ func TestParams(t *testing.T) {
 	want := map[string]string{"file": "/a+b c+;", "pass": "&%==", "empty": "", "bare": ""}
 	if !maps.Equal(got, want) {
 		t.Errorf("Params = %q, want %q", got, want)
-	}
-}
-
-func TestAll(t *testing.T) {
-	if _, ok := all.Mux()["cluster"]; !ok {
-		t.Error("the list lacks cluster")
-	}
-	delete(all.Mux(), "cluster")
-	if _, ok := all.Mux()["cluster"]; !ok {
-		t.Error("the list can be changed from outside")
 	}
 }
 
