@@ -26,6 +26,7 @@ type keys interface {
 type keyServiceFlags struct {
 	address, ca, cert, key, token, name, protocol string
 	plaintext                                     bool
+	timeout                                       time.Duration
 }
 
 func (f *keyServiceFlags) add(fs *flag.FlagSet) {
@@ -36,6 +37,7 @@ func (f *keyServiceFlags) add(fs *flag.FlagSet) {
 	fs.StringVar(&f.token, "key-service-token-file", "", "projected service-account token to show instead of, or besides, a certificate; read again when it changes")
 	fs.StringVar(&f.name, "key-service-name", "", "name in the service's certificate, where that is not the address's host")
 	fs.StringVar(&f.protocol, "key-service-protocol", "", `"constellation" asks Constellation's key service, for volumes that it made`)
+	fs.DurationVar(&f.timeout, "key-service-timeout", 10*time.Second, "how long one attempt of a call may take; there are four")
 	fs.BoolVar(&f.plaintext, "key-service-insecure-plaintext", false, "reach it without TLS over the network")
 }
 
@@ -62,7 +64,7 @@ func openKeys(ctx context.Context, f *nodeFlags, log *slog.Logger, m *metrics) (
 		c, err := keyclient.New(keyclient.Config{
 			Address: f.service.address, CAFile: f.service.ca, CertFile: f.service.cert, KeyFile: f.service.key,
 			TokenFile: f.service.token, ServerName: f.service.name, Protocol: keyclient.Protocol(f.service.protocol),
-			AllowPlaintextOverTheNetwork: f.service.plaintext, Observe: m.keyCall,
+			AllowPlaintextOverTheNetwork: f.service.plaintext, Timeout: f.service.timeout, Observe: m.keyCall,
 		})
 		if err != nil {
 			return nil, nil, err

@@ -1,7 +1,7 @@
 // Package stack starts what a node with encrypted volumes runs, as an operator
 // would: loopdriver as the wrapped driver, csi-plugin node in front of it, both
-// as processes of their own, in direct mode with a cluster KEK and a file
-// store. The demo, csi-sanity and the benchmarks stand on it.
+// as processes of their own, with a cluster KEK and a file store: in direct
+// mode, or by way of a key service. The demo, csi-sanity and the benchmarks stand on it.
 package stack
 
 import (
@@ -19,6 +19,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // startTime bounds how long a process may take until it serves.
@@ -30,6 +31,7 @@ type Config struct {
 	Bin        string   // directory of csi-plugin, crypt-worker and loopdriver
 	PluginArgs []string // more flags of csi-plugin node
 	DriverArgs []string // more flags of loopdriver
+	KeyService bool     // csi-plugin asks a key service instead of KEK and store
 }
 
 // Stack is a running pair. Its clients talk to csi-plugin, which forwards the
@@ -41,8 +43,8 @@ type Stack struct {
 	Controller csi.ControllerClient
 	Node       csi.NodeClient
 
-	conn           *grpc.ClientConn
-	driver, plugin *process
+	conn                 *grpc.ClientConn
+	driver, plugin, keys *process // keys is nil in direct mode
 }
 
 // Start starts both and waits until they serve.
@@ -54,11 +56,44 @@ func Start(ctx context.Context, cfg Config) (*Stack, error) {
 	if err := s.StartDriver(ctx); err != nil {
 		return nil, err
 	}
+	if cfg.KeyService {
+		if err := s.StartKeyService(ctx, "--kms-uri="+s.KEK(), "--storage-uri="+s.Store()); err != nil {
+			return nil, fmt.Errorf("%w %w", err, s.driver.stop(syscall.SIGKILL))
+		}
+	}
 	if err := s.StartPlugin(ctx); err != nil {
 		return nil, fmt.Errorf("%w %w", err, s.driver.stop(syscall.SIGKILL))
 	}
 	return s, nil
 }
+
+// KeySocket is where the key service listens.
+func (s *Stack) KeySocket() string { return "unix://" + s.Path("key.sock") }
+
+// StartKeyService starts the key service, at first or after StopKeyService.
+// Everybody who reaches its socket may do everything.
+func (s *Stack) StartKeyService(ctx context.Context, args ...string) (err error) {
+	s.keys, err = startProcess(filepath.Join(s.cfg.Bin, "key-service"), append([]string{"serve",
+		"--listen=" + s.KeySocket(), "--volume-policy=any",
+	}, args...))
+	if err != nil {
+		return err
+	}
+	conn, err := grpc.NewClient(s.KeySocket(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	if _, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{}, grpc.WaitForReady(true)); err != nil {
+		return fmt.Errorf("key-service does not serve: %w\n%s", err, s.keys.log)
+	}
+	return nil
+}
+
+// StopKeyService ends the key service with a signal and waits for it.
+func (s *Stack) StopKeyService(sig syscall.Signal) error { return s.keys.stop(sig) }
 
 // Path returns a path below the stack's directory.
 func (s *Stack) Path(elem ...string) string {
@@ -116,11 +151,16 @@ func (s *Stack) StartDriver(ctx context.Context) (err error) {
 
 // StartPlugin starts csi-plugin, at first or after StopPlugin.
 func (s *Stack) StartPlugin(ctx context.Context) (err error) {
-	s.plugin, err = startProcess(filepath.Join(s.cfg.Bin, "csi-plugin"), append([]string{"node",
+	args := []string{"node",
 		"--endpoint=" + s.Endpoint, "--wrapped-endpoint=unix://" + s.Path("wrapped.sock"),
-		"--kubelet-dir=" + s.KubeletDir(), "--node-name=node-1",
-		"--kms-uri=" + s.KEK(), "--storage-uri=" + s.Store(), "--create-keys",
-	}, s.cfg.PluginArgs...))
+		"--kubelet-dir=" + s.KubeletDir(), "--node-name=node-1", "--create-keys",
+	}
+	if s.cfg.KeyService {
+		args = append(args, "--key-service="+s.KeySocket())
+	} else {
+		args = append(args, "--kms-uri="+s.KEK(), "--storage-uri="+s.Store())
+	}
+	s.plugin, err = startProcess(filepath.Join(s.cfg.Bin, "csi-plugin"), append(args, s.cfg.PluginArgs...))
 	if err != nil {
 		return err
 	}
@@ -146,7 +186,11 @@ func (s *Stack) PluginPID() int { return s.plugin.cmd.Process.Pid }
 
 // Logs returns what both have logged so far.
 func (s *Stack) Logs() string {
-	return "--- loopdriver\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
+	logs := "--- loopdriver\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
+	if s.keys != nil {
+		logs += "--- key-service\n" + s.keys.log.String()
+	}
+	return logs
 }
 
 // Stop ends both in good order.
@@ -156,6 +200,11 @@ func (s *Stack) Stop() error {
 	}
 	if err := s.driver.stop(syscall.SIGTERM); err != nil {
 		return fmt.Errorf("loopdriver: %w", err)
+	}
+	if s.keys != nil {
+		if err := s.keys.stop(syscall.SIGTERM); err != nil {
+			return fmt.Errorf("key-service: %w", err)
+		}
 	}
 	return nil
 }

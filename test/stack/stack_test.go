@@ -1,0 +1,83 @@
+package stack_test
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cryptcsi/cryptcsi/test/stack"
+	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
+)
+
+// TestKernelKeyService: a volume by way of a key service; while that is away,
+// or sealed, staging is Unavailable in words, and works when it is there again.
+func TestKernelKeyService(t *testing.T) {
+	bin, err := filepath.Abs("../../bin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel.Need(t, "root", "dm-crypt", "keyring", "loop", "exec:mkfs.ext4",
+		"exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "key-service"), "exec:"+filepath.Join(bin, "loopdriver"))
+	kernel.NoLeaks(t)
+	ctx, dir := t.Context(), t.TempDir()
+	s, err := stack.Start(ctx, stack.Config{Dir: dir, Bin: bin, KeyService: true, PluginArgs: []string{"--key-service-timeout=1s"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Stop(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Log(s.Logs())
+		}
+	})
+	must := func(what string, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	unavailable := func(what string, err error, words string) {
+		t.Helper()
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), words) {
+			t.Errorf("%s: %v, want Unavailable with %q", what, err, words)
+		}
+	}
+
+	v, err := s.Create(ctx, "one", 64<<20, stack.MountCapability("ext4"), nil)
+	must("Create", err)
+	must("Stage", v.Stage(ctx))
+	must("Publish", v.Publish(ctx))
+	content := []byte("kept")
+	must("write", os.WriteFile(filepath.Join(v.Target, "data"), content, 0o600))
+	must("Unpublish", v.Unpublish(ctx))
+	must("Unstage", v.Unstage(ctx))
+
+	must("stop the key service", s.StopKeyService(syscall.SIGTERM))
+	unavailable("Stage without the key service", v.Stage(ctx), s.KeySocket())
+
+	must("start it sealed", s.StartKeyService(ctx, "--sealed"))
+	unavailable("Stage while it is sealed", v.Stage(ctx), "sealed")
+	unseal := exec.CommandContext(ctx, filepath.Join(bin, "key-service"), "unseal", "--address="+s.KeySocket(),
+		"--kms-uri=cluster://{0}?salt-file={1}", "--storage-uri="+s.Store(), "--file="+s.Path("master-secret"), "--file="+s.Path("salt"))
+	if out, err := unseal.CombinedOutput(); err != nil {
+		t.Fatalf("unseal: %v: %s", err, out)
+	}
+	must("Stage", v.Stage(ctx))
+	must("Publish", v.Publish(ctx))
+	got, err := os.ReadFile(filepath.Join(v.Target, "data"))
+	if err != nil || !bytes.Equal(got, content) {
+		t.Errorf("read %q, %v; want %q", got, err, content)
+	}
+	must("Unpublish", v.Unpublish(ctx))
+	must("Unstage", v.Unstage(ctx))
+	must("Delete", v.Delete(ctx))
+}
