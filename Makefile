@@ -75,7 +75,7 @@ test-keys: build peers ## every KMS and every store against real servers; prints
 test-keys-full: build peers ## the same with the full OpenBao server (7 minutes to build) and 1000 rounds of races
 	@test/install.sh peers=openbao
 	FULL=1 go test -count=1 -v -run '^TestFull' ./kms/transit
-	KEYS_ROUNDS=1000 go test -count=1 -timeout 3h -v ./test/keys | grep -vE '^(=== |PASS$$| *--- PASS)'
+	KEYS_ROUNDS=1000 go test -count=1 -timeout 3h -v -run TestRace ./test/keys | grep -vE '^(=== |PASS$$| *--- PASS)'
 
 .PHONY: kernel
 kernel: build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
