@@ -10,9 +10,9 @@
 //
 // # Wrapping
 //
-// AES-256-GCM with a random 96-bit nonce: at most 2^32 wraps under one key
-// (NIST SP 800-38D). A ciphertext is nonce ‖ encrypted ‖ tag. The key ID is
-// the first half of HMAC-SHA-256(key, "cryptcsi static key id v1"), in hex.
+// AES-256-GCM with a random 96-bit nonce: at most 2^32 wraps under one key (NIST
+// SP 800-38D). A ciphertext is nonce ‖ encrypted ‖ tag; a key ID the first half
+// of HMAC-SHA-256(key, "cryptcsi static key id v1"), in hex.
 //
 // # Credentials, Permissions
 //
@@ -45,11 +45,8 @@ import (
 )
 
 const (
-	// Scheme of the URI.
-	Scheme = "static"
-	// Mechanism of every wrapped key.
-	Mechanism = "aes-256-gcm"
-
+	Scheme       = "static"      // of the URI
+	Mechanism    = "aes-256-gcm" // of every wrapped key
 	previousFile = "previous-key-file"
 	labelKeyID   = "cryptcsi static key id v1"
 )
@@ -145,7 +142,7 @@ func (b *Backend) Unwrap(_ context.Context, w kms.Wrapped, aad []byte) ([]byte, 
 	return plaintext, nil
 }
 
-// CurrentKeyID returns the fingerprint of the current key.
+// CurrentKeyID returns the key's fingerprint.
 func (b *Backend) CurrentKeyID(context.Context) (string, error) { return b.now, nil }
 
 // Close wipes the keys.
