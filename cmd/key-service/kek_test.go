@@ -12,6 +12,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/all"
+	"github.com/cryptcsi/cryptcsi/kms/kmstest/azurefake"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest/gcpfake"
 	"github.com/cryptcsi/cryptcsi/test/peers"
 )
@@ -104,9 +105,10 @@ func TestKEKsOfOtherServices(t *testing.T) {
 		"transit": v.URI("new"),
 		"pkcs11":  peers.SoftHSM(t).URI("new"),
 		"kmip":    peers.PyKMIP(t).NameURI("new"),
+		"azure":   azurefake.Start(t, false).URI("new"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			flags := append(localStore(t), "--kms-uri", uri)
+			flags := append(localStore(t), "--kms-uri", uri, "--record-auth-secret-file", write(t, strings.Repeat("s", 32)))
 			must(t, with(flags, "kek create", "--cluster-id", "one"), "current")
 			must(t, with(flags, "check"), "all .* steps are right")
 			must(t, with(flags, "dek create", "d/one"), "prepared")
