@@ -140,13 +140,7 @@ func (m *Mapper) run(ctx context.Context, req Request, key secret.Bytes) (Reply,
 	}
 	req.LockDir = m.opts.LockDir
 	req.Deadline, _ = ctx.Deadline()
-	w, done, err := m.pool.get()
-	if err != nil {
-		m.unlock(name)
-		return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "starting a crypt-worker: %w", err)
-	}
-	reply, err := w.do(ctx, req, key, func() { m.unlock(name) })
-	done()
+	reply, err := m.pool.do(ctx, req, key, func() { m.unlock(name) })
 	if err == nil {
 		err = reply.Err()
 	}

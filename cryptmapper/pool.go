@@ -91,6 +91,25 @@ func (p *pool) get() (w *workerProcess, done func(), err error) {
 	}
 }
 
+// do does one operation in a worker and calls gone when no worker is at it any
+// more. A worker that was gone before it had read the request is replaced once.
+func (p *pool) do(ctx context.Context, req Request, key secret.Bytes, gone func()) (reply Reply, err error) {
+	for range 2 {
+		w, done, startErr := p.get()
+		if startErr != nil {
+			gone()
+			return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "starting a crypt-worker: %w", startErr)
+		}
+		reply, err = w.do(ctx, req, key, gone)
+		done()
+		if !errors.Is(err, errUnread) {
+			return reply, err
+		}
+	}
+	gone()
+	return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+}
+
 // done counts an operation as over. The pool is filled up only when nothing is
 // under way: starting workers must not take the processor from one that works.
 func (p *pool) done() {
@@ -160,8 +179,13 @@ func workerEnv() []string {
 	return append(env, "GOTRACEBACK=none")
 }
 
+// errUnread is a worker that was gone before it had read its request, so that
+// nothing was begun.
+var errUnread = errors.New("it was gone before it had read the request")
+
 // do hands the request over and waits for the answer, or for ctx, in which case
-// the worker is killed. gone is called when it has answered or has ended.
+// the worker is killed. gone is called when it has answered or has ended, but
+// not with errUnread.
 func (w *workerProcess) do(ctx context.Context, req Request, key secret.Bytes, gone func()) (Reply, error) {
 	defer func() { _ = w.conn.Close() }()
 	stop := context.AfterFunc(ctx, func() {
@@ -170,8 +194,13 @@ func (w *workerProcess) do(ctx context.Context, req Request, key secret.Bytes, g
 	})
 	defer stop()
 
-	var reply Reply
 	err := WriteRequest(w.conn, req, key)
+	if err != nil && ctx.Err() == nil {
+		_ = w.cmd.Process.Kill()
+		<-w.exited // it has closed its socket: it is on its way out, or killed while it waited
+		return Reply{}, fmt.Errorf("the crypt-worker for %s of mapping %s (%v): %w %s", req.Op, req.Volume.Name, w.cmd.ProcessState, errUnread, w.stderr)
+	}
+	var reply Reply
 	if err == nil {
 		reply, err = readReply(w.conn)
 	}
