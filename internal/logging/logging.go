@@ -34,7 +34,7 @@ func (l *Flags) Logger(w io.Writer) (*slog.Logger, error) {
 	case "text":
 		fs := flag.NewFlagSet("klog", flag.ContinueOnError)
 		klog.InitFlags(fs)
-		for name, value := range map[string]string{"logtostderr": "false", "stderrthreshold": "FATAL", "v": strconv.Itoa(l.verbosity)} {
+		for name, value := range map[string]string{"logtostderr": "false", "one_output": "true", "stderrthreshold": "FATAL", "v": strconv.Itoa(l.verbosity)} {
 			if err := fs.Set(name, value); err != nil {
 				return nil, fmt.Errorf("setting up klog: %w", err)
 			}
