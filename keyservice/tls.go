@@ -19,7 +19,7 @@ const maxPEM = 1 << 20
 // and ca.crt as cert-manager writes them.
 type TLSFiles struct {
 	Cert, Key string
-	ClientCA  string
+	ClientCA  string // "": clients show no certificates, because they have tokens
 	// Optional lets clients in that show no certificate, because they have a
 	// token. One that is shown must be good all the same.
 	Optional bool
@@ -38,7 +38,7 @@ func (f TLSFiles) Config() (*tls.Config, error) {
 	if f.Log == nil {
 		f.Log = slog.New(slog.DiscardHandler)
 	}
-	r := &tlsReloader{files: f, watched: watched{paths: []string{f.Cert, f.Key, f.ClientCA}, most: maxPEM}}
+	r := &tlsReloader{files: f, watched: watched{paths: f.paths(), most: maxPEM}}
 	pem, _, err := r.watched.changed()
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "reading TLS files: %w", err)
@@ -80,6 +80,14 @@ func (r *tlsReloader) current() *tls.Config {
 	return conf
 }
 
+// paths are those that there are: without authorities nobody shows a certificate.
+func (f TLSFiles) paths() []string {
+	if f.ClientCA == "" {
+		return []string{f.Cert, f.Key}
+	}
+	return []string{f.Cert, f.Key, f.ClientCA}
+}
+
 // parse makes a configuration of certificate, key and authorities.
 func (f TLSFiles) parse(pem [][]byte) (*tls.Config, error) {
 	defer clear(pem[1])
@@ -88,7 +96,7 @@ func (f TLSFiles) parse(pem [][]byte) (*tls.Config, error) {
 		return nil, fmt.Errorf("certificate %s with key %s: %w", f.Cert, f.Key, err)
 	}
 	clients := x509.NewCertPool()
-	if !clients.AppendCertsFromPEM(pem[2]) {
+	if f.ClientCA != "" && !clients.AppendCertsFromPEM(pem[2]) {
 		return nil, fmt.Errorf("%s has no certificate of an authority in it", f.ClientCA)
 	}
 	conf := &tls.Config{
@@ -100,7 +108,10 @@ func (f TLSFiles) parse(pem [][]byte) (*tls.Config, error) {
 		SessionTicketsDisabled: true,
 		Time:                   f.Clock,
 	}
-	if f.Optional {
+	switch {
+	case f.ClientCA == "":
+		conf.ClientAuth, conf.ClientCAs = tls.NoClientCert, nil
+	case f.Optional:
 		conf.ClientAuth = tls.VerifyClientCertIfGiven
 	}
 	return conf, nil

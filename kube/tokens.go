@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-logr/logr"
 	"golang.org/x/sync/singleflight"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	authenticationv1client "k8s.io/client-go/kubernetes/typed/authentication/v1"
 	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
@@ -152,7 +154,8 @@ func (t *Tokens) ask(ctx context.Context, key [sha256.Size]byte, token string) r
 		return reviewed{err: errdefs.Errorf(errdefs.ErrUnavailable, "too many tokens are being reviewed: call again later")}
 	}
 	begun := t.now()
-	answer, err := t.reviews.Create(ctx, &authenticationv1.TokenReview{
+	// At klog's level 8 and above the client logs what it sends: not this.
+	answer, err := t.reviews.Create(klog.NewContext(ctx, logr.Discard()), &authenticationv1.TokenReview{
 		Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: t.audiences},
 	}, metav1.CreateOptions{})
 	if err != nil {

@@ -83,9 +83,9 @@ func openDirect(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Optio
 	if f.createKeys && !f.file.Check {
 		err = opened.Probe(ctx, log)
 	}
-	var first *kms.KEK
-	if err == nil && len(opened.KEKs) > 0 {
-		first = opened.KEKs[0].It
+	var keks []*kms.KEK
+	for _, o := range opened.KEKs {
+		keks = append(keks, o.It)
 	}
 	var keyring *envelope.Keyring
 	if err == nil {
@@ -97,7 +97,7 @@ func openDirect(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Optio
 		return nil, nil, errors.Join(err, opened.Close())
 	}
 	if f.keepAlive && !f.file.Check {
-		go keyconfig.KeepAlive(ctx, first, log)
+		go keyconfig.KeepAlive(ctx, keks, log)
 	}
 	return keyring, func() { _ = errors.Join(keyring.Close(), opened.Close()) }, nil
 }

@@ -171,8 +171,9 @@ func rewrap(ctx context.Context, c *command) error {
 	for _, id := range c.Args() {
 		ids = append(ids, dek.ID(id))
 	}
+	bad := 0
 	if len(ids) == 0 {
-		if ids, err = c.living(ctx, k); err != nil {
+		if ids, bad, err = c.living(ctx, k); err != nil {
 			return err
 		}
 	}
@@ -190,14 +191,16 @@ func rewrap(ctx context.Context, c *command) error {
 		})
 	}
 	_ = g.Wait()
-	return p.end()
+	if err := p.end(); err != nil || bad == 0 {
+		return err
+	}
+	return fmt.Errorf("%d objects in the store are no records that this build can read: do not retire old versions of the KEK before they are understood", bad)
 }
 
-// living returns the IDs of all DEKs that are not deleted.
-func (c *command) living(ctx context.Context, k *envelope.Keyring) ([]dek.ID, error) {
-	var ids []dek.ID
-	bad := 0
-	err := each(ctx, k, func(i envelope.Info) error {
+// living returns the IDs of all DEKs that are not deleted, and how many objects
+// are no records.
+func (c *command) living(ctx context.Context, k *envelope.Keyring) (ids []dek.ID, bad int, err error) {
+	err = each(ctx, k, func(i envelope.Info) error {
 		switch {
 		case i.Err != nil:
 			bad++
@@ -207,10 +210,7 @@ func (c *command) living(ctx context.Context, k *envelope.Keyring) ([]dek.ID, er
 		}
 		return nil
 	})
-	if err == nil && bad > 0 {
-		c.log.Warn("the others are rewrapped; do not retire old versions of the KEK before the unreadable ones are understood", "unreadable", bad)
-	}
-	return ids, err
+	return ids, bad, err
 }
 
 // progress tells how far a long run is, at most once a second.
@@ -266,28 +266,37 @@ func prune(ctx context.Context, c *command) error {
 		fmt.Fprintf(c.stdout, "forgotten %s\n", *forget)
 		return nil
 	}
-	var due []envelope.Info
-	err = each(ctx, k, func(i envelope.Info) error {
-		if i.Err == nil && i.State == dek.Deleted && len(i.Wraps) > 0 && time.Now().After(i.Expires) {
-			due = append(due, i)
+	return c.pruneAll(ctx, k, *yes)
+}
+
+// pruneAll also looks at tombstones without a key: of those an earlier version
+// may be left that could not be erased before.
+func (c *command) pruneAll(ctx context.Context, k *envelope.Keyring, yes bool) error {
+	due := 0
+	var failed []error
+	err := each(ctx, k, func(i envelope.Info) error {
+		if i.Err != nil || i.State != dek.Deleted || time.Now().Before(i.Expires) {
+			return nil
+		}
+		kept := len(i.Wraps) > 0
+		if kept {
+			due++
+		}
+		if !yes {
+			if kept {
+				fmt.Fprintf(c.stdout, "would be destroyed: the key of %s, deleted, its grace ended %s\n", i.ID, moment(i.Expires))
+			}
+			return nil
+		}
+		if _, err := k.Prune(ctx, i.ID); err != nil {
+			failed = append(failed, err)
+		} else if kept {
+			fmt.Fprintf(c.stdout, "destroyed %s\n", i.ID)
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	for _, i := range due {
-		if !*yes {
-			fmt.Fprintf(c.stdout, "would be destroyed: the key of %s, deleted, its grace ended %s\n", i.ID, moment(i.Expires))
-			continue
-		}
-		if _, err := k.Prune(ctx, i.ID); err != nil {
-			return err
-		}
-		fmt.Fprintf(c.stdout, "destroyed %s\n", i.ID)
-	}
-	fmt.Fprintf(c.stdout, "%d deleted keys are past their grace\n", len(due))
-	return nil
+	fmt.Fprintf(c.stdout, "%d deleted keys are past their grace\n", due)
+	return errors.Join(append(failed, err)...)
 }
 
 // keyIDs are those that a record refers to.

@@ -50,9 +50,9 @@ func kekCreate(ctx context.Context, c *command) error {
 		return err
 	}
 	n := kms.NewKey{
-		Labels: map[string]string{
-			kms.LabelCluster: id, kms.LabelPurpose: "kek", kms.LabelActive: strconv.FormatInt(time.Now().Unix(), 10),
-		},
+		// Without a time of last use: nobody may count the KEK as abandoned
+		// before somebody keeps that time up to date.
+		Labels:         map[string]string{kms.LabelCluster: id, kms.LabelPurpose: "kek"},
 		RotationPeriod: *rotation,
 	}
 	if *policyFile != "" {
@@ -217,6 +217,13 @@ func kekRetire(ctx context.Context, c *command) error {
 	if err != nil {
 		return err
 	}
+	needed := 0
+	for _, v := range key.Versions {
+		needed += records[v.KeyID]
+	}
+	if needed == 0 {
+		return errdefs.Errorf(errdefs.ErrState, "no record in the store refers to any version of this KEK: is it the right store, with the right prefix?")
+	}
 	state := kms.Disabled
 	if *destroy {
 		state = kms.Destroyed
@@ -228,6 +235,8 @@ func kekRetire(ctx context.Context, c *command) error {
 			continue
 		case records[v.KeyID] > 0:
 			fmt.Fprintf(c.stdout, "keep      %s: %d records refer to it (key-service rewrap moves them)\n", v.KeyID, records[v.KeyID])
+		case *destroy && v.State != kms.Disabled:
+			fmt.Fprintf(c.stdout, "keep      %s: it is not disabled yet; run this without --destroy first, and again with it when nothing has missed the version\n", v.KeyID)
 		case !*yes:
 			fmt.Fprintf(c.stdout, "would be  %s: %s\n", state, v.KeyID)
 		default:
@@ -271,6 +280,9 @@ func kekList(ctx context.Context, c *command) error {
 
 // keyState sums up the states of a key's versions.
 func keyState(k kms.Key) string {
+	if len(k.Versions) == 0 { // a service that lists keys without them
+		return "unknown"
+	}
 	best := kms.Destroyed
 	order := []kms.VersionState{kms.Destroyed, kms.Destroying, kms.Disabled, kms.Enabled}
 	for _, v := range k.Versions {
@@ -308,18 +320,26 @@ func kekPrune(ctx context.Context, c *command) error {
 	if err != nil {
 		return err
 	}
-	own, err := kek.DescribeKey(ctx)
-	if err != nil {
-		return err
+	own := map[string]bool{}
+	for _, o := range keys.KEKs {
+		if o.Err != nil {
+			return o.Err
+		}
+		key, err := o.It.DescribeKey(ctx)
+		if err != nil {
+			return err
+		}
+		own[key.URI] = true
 	}
 	state := kms.Disabled
 	if *destroy {
 		state = kms.Destroyed
 	}
+	var failed []error
 	for _, k := range list {
 		old, last := isStale(k, *older)
 		done := keyState(k)
-		if !old || k.URI == own.URI || done == string(state) || done == string(kms.Destroying) || done == string(kms.Destroyed) {
+		if !old || own[k.URI] || done == string(state) || done == string(kms.Destroying) || done == string(kms.Destroyed) {
 			continue
 		}
 		if !*yes {
@@ -327,11 +347,12 @@ func kekPrune(ctx context.Context, c *command) error {
 			continue
 		}
 		if err := c.setWhole(ctx, keys, k.URI, state); err != nil {
-			return err
+			failed = append(failed, err)
+			continue
 		}
 		fmt.Fprintf(c.stdout, "%-9s %s\n", state, k.URI)
 	}
-	return nil
+	return errors.Join(failed...)
 }
 
 // setWhole changes all versions of another key in the same place.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"log/slog"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -35,10 +36,12 @@ func TestLifeOfAKEK(t *testing.T) {
 	must(t, with(flags, "kek rotate"), "cryptoKeyVersions/2 +enabled, current", "key-service rewrap")
 	must(t, with(flags, "kek versions"), "cryptoKeyVersions/1 +enabled +.*Z +2\n", "cryptoKeyVersions/2 +enabled, current +.*Z +0\n")
 	must(t, with(flags, "kek retire", "--yes"), "keep +.*cryptoKeyVersions/1: 2 records")
+	mustFail(t, with(append(flags[2:4:4], localStore(t)...), "kek retire", "--yes"), "is it the right store")
 	must(t, with(flags, "rewrap", "d/one"), "rewrapped 1 of 1")
 	must(t, with(flags, "kek retire", "--yes"), "keep +.*cryptoKeyVersions/1: 1 records")
 	must(t, with(flags, "rewrap"), "rewrapped 2 of 2")
 	must(t, with(flags, "kek retire"), "would be +disabled: .*cryptoKeyVersions/1")
+	must(t, with(flags, "kek retire", "--destroy", "--yes"), "keep .*cryptoKeyVersions/1: it is not disabled yet")
 	must(t, with(flags, "kek versions"), "cryptoKeyVersions/1 +enabled")
 	must(t, with(flags, "kek retire", "--yes"), "disabled +.*cryptoKeyVersions/1")
 	must(t, with(flags, "kek versions"), "cryptoKeyVersions/1 +disabled", "cryptoKeyVersions/2 +enabled, current +.*Z +2\n")
@@ -74,6 +77,11 @@ func TestOneKEKOfAFleet(t *testing.T) {
 		t.Errorf("prune took too much:\n%s", out)
 	}
 	must(t, with(flags, "kek list"), `(?m)^gone +.*Z +true +disabled`, `(?m)^ours +.*Z +true +enabled`, `(?m)^alive .* enabled`)
+	both := append(slices.Clip(flags), "--kms-uri", g.URI("former"))
+	at("former", time.Now().Add(-30*24*time.Hour))
+	if out := must(t, with(both, "kek prune", "--yes")); strings.Contains(out, "former") {
+		t.Errorf("prune takes a KEK that is configured:\n%s", out)
+	}
 	if code, _ := keyService(t, with(flags, "kek prune", "--older-than", "1h")...); code != 2 {
 		t.Error("an --older-than below the keep-alive's period is accepted")
 	}
@@ -137,7 +145,7 @@ func TestKeepAlive(t *testing.T) {
 	}
 	before := g.Calls("UpdateCryptoKey")
 	done := make(chan struct{})
-	go func() { keyconfig.KeepAlive(t.Context(), kek, slog.New(slog.DiscardHandler)); close(done) }()
+	go func() { keyconfig.KeepAlive(t.Context(), []*kms.KEK{kek}, slog.New(slog.DiscardHandler)); close(done) }()
 	for g.Calls("UpdateCryptoKey") == before {
 		time.Sleep(time.Millisecond)
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"slices"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/keyservice"
@@ -10,11 +11,20 @@ import (
 
 // What keyservice asks, answered by kube.
 
-type reviewer struct{ *kube.Tokens }
+// reviewer knows tokens. Every pod can have a token for any audience with its
+// node in it, so only the accounts in nodes speak for the node they run on.
+type reviewer struct {
+	*kube.Tokens
+	nodes []string
+}
 
 func (r reviewer) Review(ctx context.Context, token string) (keyservice.Identity, error) {
 	a, err := r.Tokens.Review(ctx, token)
-	return keyservice.Identity{Name: a.Username, Node: a.Node}, err
+	id := keyservice.Identity{Name: a.Username}
+	if slices.Contains(r.nodes, a.Username) {
+		id.Node = a.Node
+	}
+	return id, err
 }
 
 type attached struct{ *kube.Attachments }

@@ -132,7 +132,8 @@ func TestLifeOfKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustFail(t, with(last, "dek list"), "unreadable", "d/one +prepared", "1 objects in the store are no records")
-	must(t, with(last, "rewrap"), "rewrapped 2 of 2", "do not retire old versions")
+	mustFail(t, with(last, "rewrap"), "rewrapped 2 of 2", "do not retire old versions")
+	mustFail(t, []string{"check", "--kms-uri", "storage://no-store", "--storage-uri", "mem://"}, "names no KEK")
 }
 
 func TestConfigFile(t *testing.T) {

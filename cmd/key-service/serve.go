@@ -18,6 +18,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
 
+	keyservicev1 "github.com/cryptcsi/cryptcsi/api/keyservice/v1"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/internal/config"
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
@@ -35,7 +36,7 @@ type serveFlags struct {
 	trustDomain, tokenAudience     string
 	kubeconfig                     string
 	policy, prefixFile, auditFile  string
-	controllers, operators         []config.Item
+	controllers, operators, nodes  []config.Item
 	sealed, constellation, reflect bool
 	plaintext, keepAlive           bool
 	maxInFlight                    int
@@ -53,6 +54,7 @@ func (f *serveFlags) add(c *command) {
 	c.StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the API server; empty is as a pod in the cluster")
 	c.StringVar(&f.policy, "volume-policy", "attached", `which DEKs nodes may have: "attached" (volumes attached to them, as the API server says), "prefix" (--prefix-file alone), or "any" (everybody may do everything: tests, a single node)`)
 	c.StringVar(&f.prefixFile, "prefix-file", "", "file that gives identities DEK IDs, beside the policy")
+	c.Var(&config.List{Items: &f.nodes}, "node-identity", "service account (system:serviceaccount:NAMESPACE:NAME) whose tokens speak for the node that their pod runs on; may be repeated")
 	c.Var(&config.List{Items: &f.controllers}, "controller-identity", "identity that may create and delete DEKs; may be repeated")
 	c.Var(&config.List{Items: &f.operators}, "operator-identity", "identity that may rewrap, unseal and see the status; may be repeated")
 	c.StringVar(&f.auditFile, "audit-log-file", "", "file for a line of JSON about each decision; empty is standard output")
@@ -83,13 +85,19 @@ func (f *serveFlags) check(keys *keyconfig.Flags) error {
 		return usageError("serve: --tls-cert-file is required on an address that others reach")
 	case f.policy != "attached" && f.policy != "prefix" && f.policy != "any":
 		return usageError(fmt.Sprintf("serve: --volume-policy %q: must be attached, prefix or any", f.policy))
+	case f.tokenAudience != "" && f.policy == "attached" && len(f.nodes) == 0 && f.clientCA == "":
+		return usageError("serve: --node-identity is required with --token-audience, or no node can show that it is one: any pod can have a token for any audience")
+	case f.sealed && keys.RecordAuthGiven():
+		return usageError("serve: --sealed excludes --record-auth-secret-file: unseal gives it")
 	case f.policy == "prefix" && f.prefixFile == "":
 		return usageError("serve: --volume-policy=prefix needs --prefix-file")
 	}
+	err := keys.CheckRanges()
 	if !f.sealed {
-		if err := keys.Check(); err != nil {
-			return usageError("serve: " + err.Error())
-		}
+		err = keys.Check()
+	}
+	if err != nil {
+		return usageError("serve: " + err.Error())
 	}
 	return nil
 }
@@ -135,9 +143,10 @@ type service struct {
 	log     *slog.Logger
 	metrics *metrics
 	health  *health.Server
-	follow  *kube.Attachments // nil: the API server is not asked
-	audit   *os.File          // nil: standard output
-	served  holder            // what was opened, now or by unseal
+	follow  *kube.Attachments   // nil: the API server is not asked
+	audit   *os.File            // nil: standard output
+	options []grpc.ServerOption // of TLS
+	served  holder              // what was opened, now or by unseal
 }
 
 func (s *service) close() {
@@ -166,7 +175,8 @@ func (s *service) config(ctx context.Context, c *command) (keyservice.Config, er
 		}
 		cfg.Policy.Prefixes = prefixes
 	}
-	if err := s.askKubernetes(&cfg); err != nil {
+	err := s.askKubernetes(&cfg)
+	if err != nil {
 		return cfg, err
 	}
 	out := c.stdout
@@ -178,8 +188,13 @@ func (s *service) config(ctx context.Context, c *command) (keyservice.Config, er
 		s.audit, out = file, file
 	}
 	cfg.Audit = slog.New(slog.NewJSONHandler(out, nil))
+	if s.options, err = f.credentials(s.log); err != nil {
+		return cfg, err
+	}
 	if f.sealed {
-		cfg.Unseal = s.unseal
+		cfg.Unseal = func(ctx context.Context, req *keyservicev1.UnsealRequest) (keyservice.Keys, error) {
+			return s.unseal(ctx, req, &c.keys)
+		}
 		return cfg, nil
 	}
 	keys, err := c.keys.Open(ctx, kms.Options{Observe: s.metrics.call}, s.log)
@@ -213,7 +228,7 @@ func (s *service) askKubernetes(cfg *keyservice.Config) error {
 			if err != nil {
 				return err
 			}
-			cfg.Authenticators = append(cfg.Authenticators, keyservice.Tokens{Reviewer: reviewer{tokens}})
+			cfg.Authenticators = append(cfg.Authenticators, keyservice.Tokens{Reviewer: reviewer{tokens, values(f.nodes)}})
 		}
 		if f.policy == "attached" {
 			if s.follow, err = kube.NewAttachments(config, kube.AttachmentsOptions{}); err != nil {
@@ -222,7 +237,7 @@ func (s *service) askKubernetes(cfg *keyservice.Config) error {
 			cfg.Policy.Attached, cfg.Notes = attached{s.follow}, notes{kube.NewNotes(s.follow)}
 		}
 	}
-	if f.local() && f.cert == "" {
+	if len(cfg.Authenticators) == 0 && f.local() { // a fallback would make no credentials better than bad ones
 		node, _ := os.Hostname()
 		cfg.Authenticators = append(cfg.Authenticators, keyservice.Local{Node: node})
 	}
@@ -236,12 +251,8 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 	if err != nil {
 		return err
 	}
-	options, err := f.credentials(s.log)
-	if err != nil {
-		return err
-	}
 	server := grpcserver.New(grpcserver.Config{Logger: s.log, Observe: s.metrics.rpc, Drain: f.drain, HideRequests: true,
-		Options: append(keyservice.ServerOptions(), options...)})
+		Options: append(keyservice.ServerOptions(), s.options...)})
 	keys.Register(server)
 	healthpb.RegisterHealthServer(server, s.health)
 	if f.reflect {

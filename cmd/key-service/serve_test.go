@@ -14,11 +14,13 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
@@ -28,6 +30,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/kube"
 	"github.com/cryptcsi/cryptcsi/test/peers"
 )
 
@@ -153,7 +156,7 @@ func TestSealed(t *testing.T) {
 	addr := peers.Addr(t)
 	start(t, "--listen="+addr, "--sealed", "--volume-policy=prefix", "--prefix-file="+prefixes,
 		"--tls-cert-file="+cert, "--tls-key-file="+key, "--client-ca-file="+ca.File,
-		"--operator-identity=operator", "--controller-identity=controller")
+		"--operator-identity=operator", "--controller-identity=controller", "--delete-grace=1h")
 	node := client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: nodeCert, KeyFile: nodeKey, Attempts: 1})
 	_, err := node.GetDEK(t.Context(), "d/one")
 	wants(t, "GetDEK while sealed", err, errdefs.ErrUnavailable)
@@ -188,6 +191,57 @@ func TestSealed(t *testing.T) {
 	_, err = node.GetDEK(t.Context(), "d/none")
 	wants(t, "GetDEK of what there is not", err, errdefs.ErrDenied)
 	wants(t, "DeleteDEK by a node", node.DeleteDEK(t.Context(), "d/one"), errdefs.ErrDenied)
+
+	// What serve was told counts after unsealing too.
+	controllerCert, controllerKey := ca.Issue(t, "controller")
+	controller := client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: controllerCert, KeyFile: controllerKey, CreateWithoutKey: true})
+	wants(t, "DeleteDEK", controller.DeleteDEK(t.Context(), "d/one"), nil)
+	must(t, []string{"dek", "restore", "--kms-uri", "cluster://" + master + "?salt-file=" + salt, "--storage-uri", "file://" + dir, "d/one"}, "restored")
+}
+
+// TestUnsealWithAWrongRecordSecret: it is refused, and the right one is taken afterwards.
+func TestUnsealWithAWrongRecordSecret(t *testing.T) {
+	addr, dir := socket(t), t.TempDir()
+	kek, right, wrong := localKEK(t), write(t, strings.Repeat("r", 32)), write(t, strings.Repeat("w", 32))
+	must(t, append([]string{"dek", "create", "--storage-uri=file://" + dir, "--record-auth-secret-file=" + right}, append(kek, "d/one")...), "prepared")
+	start(t, "--listen="+addr, "--sealed", "--volume-policy=any")
+	unseal := append([]string{"unseal", "--address=" + addr, "--storage-uri=file://" + dir}, kek...)
+	mustFail(t, append(slices.Clip(unseal), "--record-auth-secret-file="+wrong), "no record in the store could be opened")
+	must(t, append(slices.Clip(unseal), "--record-auth-secret-file="+right), "sealed +false")
+}
+
+// TestTokensOfNodes: a token's node counts only for accounts that are named.
+func TestTokensOfNodes(t *testing.T) {
+	ctx, k := t.Context(), peers.Kube(t)
+	namespace := k.Namespace(t)
+	token := func(account string) string {
+		_, err := k.Client.CoreV1().ServiceAccounts(namespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: account}}, metav1.CreateOptions{})
+		wants(t, "account", err, nil)
+		pod, err := k.Client.CoreV1().Pods(namespace).Create(ctx, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: account}, Spec: corev1.PodSpec{
+			NodeName: "a", ServiceAccountName: account, Containers: []corev1.Container{{Name: "c", Image: "i"}},
+		}}, metav1.CreateOptions{})
+		wants(t, "pod", err, nil)
+		r, err := k.Client.CoreV1().ServiceAccounts(namespace).CreateToken(ctx, account, &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+			Audiences: []string{"keys"}, BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: pod.UID},
+		}}, metav1.CreateOptions{})
+		wants(t, "token", err, nil)
+		return write(t, r.Status.Token)
+	}
+	_, err := k.Client.CoreV1().Nodes().Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "a"}}, metav1.CreateOptions{})
+	wants(t, "node", err, nil)
+	config, err := kube.Config(k.Kubeconfig(t, peers.KubeAdmin), "")
+	wants(t, "Config", err, nil)
+	tokens, err := kube.NewTokens(config, kube.TokensOptions{Audiences: []string{"keys"}})
+	wants(t, "NewTokens", err, nil)
+	r := reviewer{tokens, []string{"system:serviceaccount:" + namespace + ":plugin"}}
+	for account, node := range map[string]string{"plugin": "a", "stranger": ""} {
+		text, err := os.ReadFile(token(account))
+		wants(t, "token", err, nil)
+		id, err := r.Review(ctx, string(text))
+		if err != nil || id.Node != node || !strings.HasSuffix(id.Name, ":"+account) {
+			t.Errorf("%s is %+v, %v; want node %q", account, id, err, node)
+		}
+	}
 }
 
 // pin is the SHA-256 of a certificate's public key, as openssl would give it.

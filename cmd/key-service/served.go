@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -98,7 +99,7 @@ func (h *holder) keepAlive(ctx context.Context, log *slog.Logger) {
 	select {
 	case <-ready:
 		_, keks := h.opened()
-		keyconfig.KeepAlive(ctx, keks[0], log)
+		keyconfig.KeepAlive(ctx, keks, log)
 	case <-ctx.Done():
 	}
 }
@@ -151,14 +152,16 @@ func (h *holder) count(ctx context.Context) (int64, error) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.counted, h.records, h.countOK = time.Now(), n, err
+	if ctx.Err() == nil { // else it says more about the caller than about the store
+		h.counted, h.records, h.countOK = time.Now(), n, err
+	}
 	return n, err
 }
 
 // unseal opens what an operator gives, and tries it before it is believed: on
 // the store, on a record if there is one, and on a record of its own.
-func (s *service) unseal(ctx context.Context, req *keyservicev1.UnsealRequest) (keyservice.Keys, error) {
-	keys, err := keyconfig.OpenGiven(ctx, req.GetKmsUris(), req.GetStorageUris(), req.GetFiles(), req.GetRecordAuthSecret(),
+func (s *service) unseal(ctx context.Context, req *keyservicev1.UnsealRequest, flags *keyconfig.Flags) (keyservice.Keys, error) {
+	keys, err := flags.OpenGiven(ctx, req.GetKmsUris(), req.GetStorageUris(), req.GetFiles(), req.GetRecordAuthSecret(),
 		kms.Options{Observe: s.metrics.call}, s.log)
 	if err != nil {
 		return nil, err
@@ -193,7 +196,9 @@ func (s *service) try(ctx context.Context, served keyservice.Keys, k *envelope.K
 		return errdefs.Errorf(errdefs.ErrInvalid, "--constellation-api needs a KEK that derives keys: cluster://")
 	}
 	found := errors.New("found one")
+	var unreadable error
 	err := each(ctx, k, func(i envelope.Info) error {
+		unreadable = cmp.Or(unreadable, i.Err)
 		if i.Err != nil || i.State == dek.Deleted || i.ID == selfCheck {
 			return nil
 		}
@@ -204,7 +209,10 @@ func (s *service) try(ctx context.Context, served keyservice.Keys, k *envelope.K
 		d.Wipe()
 		return found
 	})
-	if err != nil && !errors.Is(err, found) {
+	switch {
+	case err == nil && unreadable != nil: // as with a wrong secret of record authentication
+		return fmt.Errorf("no record in the store could be opened: %w", unreadable)
+	case err != nil && !errors.Is(err, found):
 		return err
 	}
 	d, err := k.CreateDEK(ctx, selfCheck, dek.Spec{Cipher: dek.CipherXTS})

@@ -17,14 +17,17 @@ func LabelActive(ctx context.Context, kek *kms.KEK, now time.Time) error {
 	return kek.LabelKey(ctx, map[string]string{kms.LabelActive: strconv.FormatInt(now.Unix(), 10)})
 }
 
-// KeepAlive labels a KEK as in use now and every KeepAliveEvery until ctx
-// ends. Failing does no harm but that the KEK looks abandoned some day.
-func KeepAlive(ctx context.Context, kek *kms.KEK, log *slog.Logger) {
+// KeepAlive labels KEKs as in use now and every KeepAliveEvery until ctx ends:
+// one that only unwraps is in use too. Failing does no harm but that a KEK
+// looks abandoned some day.
+func KeepAlive(ctx context.Context, keks []*kms.KEK, log *slog.Logger) {
 	ticker := time.NewTicker(KeepAliveEvery)
 	defer ticker.Stop()
 	for {
-		if err := LabelActive(ctx, kek, time.Now()); err != nil && ctx.Err() == nil {
-			log.Warn("the KEK could not be labelled as in use", "kek", kek.Name(), "error", err)
+		for _, kek := range keks {
+			if err := LabelActive(ctx, kek, time.Now()); err != nil && ctx.Err() == nil {
+				log.Warn("the KEK could not be labelled as in use", "kek", kek.Name(), "error", err)
+			}
 		}
 		select {
 		case <-ticker.C:

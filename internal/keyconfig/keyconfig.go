@@ -65,11 +65,20 @@ func (f *Flags) Check() error {
 		return errdefs.Errorf(errdefs.ErrInvalid, "--kms-uri (or --kms-uri-file) is required")
 	case !store:
 		return errdefs.Errorf(errdefs.ErrInvalid, "--storage-uri (or --storage-uri-file) is required")
-	case f.kekTimeout <= 0 || f.grace < 0:
+	}
+	return f.CheckRanges()
+}
+
+// CheckRanges finds values that cannot be.
+func (f *Flags) CheckRanges() error {
+	if f.kekTimeout <= 0 || f.grace < 0 {
 		return errdefs.Errorf(errdefs.ErrInvalid, "--kms-timeout must be above zero and --delete-grace not below")
 	}
 	return nil
 }
+
+// RecordAuthGiven says whether a secret that authenticates records was named.
+func (f *Flags) RecordAuthGiven() bool { return f.recordAuth != "" }
 
 // Opened is one KEK or store of the configuration: it, or why it did not open.
 type Opened[T any] struct {
@@ -111,7 +120,11 @@ func (f *Flags) Open(ctx context.Context, o kms.Options, log *slog.Logger) (*Key
 
 func (f *Flags) open(ctx context.Context, k *Keys, o kms.Options, log *slog.Logger) {
 	for _, item := range f.kms {
-		k.KEKs = append(k.KEKs, open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o) }))
+		kek := open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o) })
+		if kek.It == nil && kek.Err == nil {
+			kek.Err = errdefs.Errorf(errdefs.ErrInvalid, "%s names no KEK", kek.Name)
+		}
+		k.KEKs = append(k.KEKs, kek)
 	}
 	for _, item := range f.storage {
 		s := open(k, item, "storage", log, func(uri string) (envelope.Store, error) {
@@ -153,9 +166,12 @@ func (f *Flags) URIs() (kmsURIs, storageURIs []string, recordAuth secret.Bytes, 
 
 // OpenGiven opens KEKs and stores that somebody gives to a process that runs.
 // Files stand for paths: {0}, {1}, … in the URIs. Files and recordAuth stay
-// the caller's.
-func OpenGiven(ctx context.Context, kmsURIs, storageURIs []string, files [][]byte, recordAuth []byte, o kms.Options, log *slog.Logger) (*Keys, error) {
-	k := &Keys{mux: all.Mux()}
+// the caller's. What the flags say besides (grace, timeout) counts.
+func (f *Flags) OpenGiven(ctx context.Context, kmsURIs, storageURIs []string, files [][]byte, recordAuth []byte, o kms.Options, log *slog.Logger) (*Keys, error) {
+	k := &Keys{grace: f.grace, mux: all.Mux()}
+	if o.Timeout == 0 {
+		o.Timeout = f.kekTimeout
+	}
 	var names []string
 	for i, content := range files {
 		f, path, err := secret.MemoryFile(fmt.Sprintf("given-%d", i), content)
@@ -168,14 +184,14 @@ func OpenGiven(ctx context.Context, kmsURIs, storageURIs []string, files [][]byt
 	if len(recordAuth) > 0 {
 		k.recordAuth = secret.Take(slices.Clone(recordAuth))
 	}
-	var f Flags
+	var given Flags
 	for _, uri := range kmsURIs {
-		f.kms = append(f.kms, config.Item{Kind: uriItem, Value: strings.NewReplacer(names...).Replace(uri)})
+		given.kms = append(given.kms, config.Item{Kind: uriItem, Value: strings.NewReplacer(names...).Replace(uri)})
 	}
 	for _, uri := range storageURIs {
-		f.storage = append(f.storage, config.Item{Kind: uriItem, Value: strings.NewReplacer(names...).Replace(uri)})
+		given.storage = append(given.storage, config.Item{Kind: uriItem, Value: strings.NewReplacer(names...).Replace(uri)})
 	}
-	f.open(ctx, k, o, log)
+	given.open(ctx, k, o, log)
 	if err := k.Err(); err != nil {
 		return nil, errors.Join(err, k.Close())
 	}
