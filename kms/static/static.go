@@ -44,9 +44,10 @@ import (
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
+// The URI's scheme, and the mechanism of every wrapped key.
 const (
-	Scheme       = "static"      // of the URI
-	Mechanism    = "aes-256-gcm" // of every wrapped key
+	Scheme       = "static"
+	Mechanism    = "aes-256-gcm"
 	previousFile = "previous-key-file"
 	labelKeyID   = "cryptcsi static key id v1"
 )
