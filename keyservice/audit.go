@@ -67,7 +67,7 @@ func answer[Answer any](ctx, bounded context.Context, c *call, do func(ctx conte
 }
 
 // end writes the audit line, before the answer leaves the process, and returns
-// the answer's error.
+// the answer's error. Nothing is handed out of which no line could be written.
 func (c *call) end(ctx context.Context, err error) error {
 	if err != nil && c.Reason == "" {
 		c.Reason = err.Error()
@@ -77,7 +77,13 @@ func (c *call) end(ctx context.Context, err error) error {
 		err = errgrpc.ToGRPC(c.refusal())
 	}
 	c.Code, c.Took = status.Code(err).String(), time.Since(c.start)
-	c.audit(ctx)
+	if lost := c.audit(ctx); lost != nil {
+		c.cfg.Logger.Error("the audit log cannot be written, so nothing is handed out", "error", lost)
+		if err == nil {
+			err = errgrpc.ToGRPC(errdefs.Errorf(errdefs.ErrUnavailable, "the key service cannot write its audit log, so it hands out nothing: call again later"))
+			c.Code = status.Code(err).String()
+		}
+	}
 	c.cfg.Observe(c.Decision)
 	return err
 }
@@ -91,7 +97,8 @@ func (c *call) late(ctx context.Context, err error) error {
 	return err
 }
 
-func (c *call) audit(ctx context.Context) {
+// audit writes the line. slog's Logger would drop the handler's error.
+func (c *call) audit(ctx context.Context) error {
 	level := slog.LevelInfo
 	if !c.Allowed {
 		level = slog.LevelWarn
@@ -104,7 +111,9 @@ func (c *call) audit(ctx context.Context) {
 	if c.Reason != "" {
 		attrs = append(attrs, slog.String("reason", c.Reason))
 	}
-	c.cfg.Audit.LogAttrs(context.WithoutCancel(ctx), level, "decision", attrs...)
+	line := slog.NewRecord(time.Now(), level, "decision", 0)
+	line.AddAttrs(attrs...)
+	return c.cfg.Audit.Handler().Handle(context.WithoutCancel(ctx), line)
 }
 
 func peerOf(ctx context.Context) string {

@@ -700,3 +700,23 @@ func TestNewRefuses(t *testing.T) {
 		t.Errorf("a good one: %v", err)
 	}
 }
+
+// full is a log on a disk without room.
+type full struct{}
+
+func (full) Write([]byte) (int, error) { return 0, errors.New("no space left") }
+
+// TestAuditThatCannotBeWritten: without its line nothing is handed out.
+func TestAuditThatCannotBeWritten(t *testing.T) {
+	w := start(t, func(_ *world, cfg *keyservice.Config) {
+		cfg.Policy.Any, cfg.Audit = true, slog.New(slog.NewJSONHandler(full{}, nil))
+	})
+	d, err := w.ring.CreateDEK(t.Context(), "d/one", dek.Spec{Cipher: dek.CipherXTS})
+	must(t, "CreateDEK", err)
+	d.Wipe()
+	_, _, err = w.as(t, "somebody").get(t.Context(), "d/one")
+	mustCode(t, "GetDEK", err, codes.Unavailable)
+	if !strings.Contains(w.log.String(), "no space left") {
+		t.Errorf("the log does not say why: %s", w.log)
+	}
+}

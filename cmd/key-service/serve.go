@@ -268,6 +268,7 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 	if s.follow != nil {
 		g.Go(func() error { s.follow.Run(ctx); return nil })
 	}
+	g.Go(func() error { s.watchHealth(ctx, keys); return nil })
 	if f.keepAlive {
 		g.Go(func() error { s.served.keepAlive(ctx, s.log); return nil })
 	}
@@ -276,7 +277,6 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 	}
 	s.log.Info("serving", "address", lis.Addr().String(), "sealed", keys.Sealed(), "policy", f.policy)
 	err = g.Wait()
-	s.health.Shutdown()
 	s.log.Info("key-service serve ends", "error", err)
 	return err
 }
@@ -292,13 +292,25 @@ func (s *service) ready(keys *keyservice.Server) error {
 	return nil
 }
 
-func (s *service) sealChanged(sealed bool) {
-	status := healthpb.HealthCheckResponse_SERVING
-	if sealed {
-		status = healthpb.HealthCheckResponse_NOT_SERVING
+func (s *service) sealChanged(sealed bool) { s.log.Info("seal", "sealed", sealed) }
+
+// watchHealth keeps gRPC's health as ready has it, until ctx ends.
+func (s *service) watchHealth(ctx context.Context, keys *keyservice.Server) {
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		status := healthpb.HealthCheckResponse_SERVING
+		if s.ready(keys) != nil {
+			status = healthpb.HealthCheckResponse_NOT_SERVING
+		}
+		s.health.SetServingStatus("", status)
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			s.health.Shutdown() // at the beginning of the drain
+			return
+		}
 	}
-	s.health.SetServingStatus("", status)
-	s.log.Info("seal", "sealed", sealed)
 }
 
 // credentials returns gRPC's options for TLS; none for plaintext.
