@@ -600,14 +600,17 @@ func TestKernelHangingDeviceStopsNobodyElse(t *testing.T) {
 	run(t, nil, "dmsetup", "create", slow, "--table", "0 "+strconv.Itoa(40*mib/512)+" linear "+f.v.Device+" 0")
 	t.Cleanup(func() { _ = dm.Remove(slow) })
 	run(t, nil, "dmsetup", "suspend", slow)
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	// Long enough for a worker to reach the device on a machine that is busy.
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	good := f.v.Device
 	f.v.Device = dm.Path(slow)
 	if _, err := f.Open(ctx, f.v, f.d); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a hanging device: %v", err)
 	}
-	if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrConflict) {
+	again, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if _, err := f.Open(again, f.v, f.d); !errors.Is(err, errdefs.ErrConflict) {
 		t.Errorf("while its worker hangs: %v", err)
 	}
 	if stuck := f.Stuck(); len(stuck) != 1 || stuck[0] != f.v.Name {
