@@ -10,6 +10,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/cryptcsi/cryptcsi/secret"
 )
@@ -124,6 +125,22 @@ func (s Spec) Validate() error {
 	return nil
 }
 
+// CheckUUID checks the form in which LUKS headers and NewUUID write one.
+func CheckUUID(s string) error {
+	ok := len(s) == 36
+	for i := 0; ok && i < len(s); i++ {
+		if i == 8 || i == 13 || i == 18 || i == 23 {
+			ok = s[i] == '-'
+		} else {
+			ok = s[i] >= '0' && s[i] <= '9' || s[i] >= 'a' && s[i] <= 'f'
+		}
+	}
+	if !ok {
+		return fmt.Errorf("UUID %.40q is not 36 characters of lower-case hex and dashes", s)
+	}
+	return nil
+}
+
 // HeaderID identifies a state of a volume's LUKS2 header: which header, and how
 // far its own authenticated sequence number had risen. The highest one ever
 // confirmed is the floor below which a header is a rolled-back one.
@@ -152,6 +169,18 @@ func Fingerprint(key secret.Bytes) string {
 type Claim struct {
 	Node string `json:"node,omitempty"`
 	UUID string `json:"uuid,omitempty"`
+}
+
+// maxNode bounds a node's name, in bytes.
+const maxNode = 256
+
+// Validate says what is wrong with c, if anything. One that was released has a
+// UUID and no node.
+func (c Claim) Validate(released bool) error {
+	if c.Node == "" && !released || len(c.Node) > maxNode || !utf8.ValidString(c.Node) {
+		return fmt.Errorf("node name of %d bytes: must be 1 to %d of UTF-8", len(c.Node), maxNode)
+	}
+	return CheckUUID(c.UUID)
 }
 
 // DEK is one data encryption key and what the record says about it. Whoever

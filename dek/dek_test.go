@@ -101,3 +101,28 @@ func TestNewUUID(t *testing.T) {
 		seen[u] = true
 	}
 }
+
+func TestClaimValidate(t *testing.T) {
+	uuid := dek.NewUUID()
+	for name, c := range map[string]struct {
+		claim    dek.Claim
+		released bool
+		ok       bool
+	}{
+		"held":                {dek.Claim{Node: "node-1", UUID: uuid}, false, true},
+		"held, in a record":   {dek.Claim{Node: "node-1", UUID: uuid}, true, true},
+		"released":            {dek.Claim{UUID: uuid}, true, true},
+		"nobody's":            {dek.Claim{UUID: uuid}, false, false},
+		"no UUID":             {dek.Claim{Node: "node-1"}, false, false},
+		"upper case":          {dek.Claim{Node: "n", UUID: strings.ToUpper(uuid[:35] + "a")}, false, false},
+		"dash out of place":   {dek.Claim{Node: "n", UUID: uuid[1:] + "0"}, false, false},
+		"long UUID":           {dek.Claim{Node: "n", UUID: uuid + "0"}, false, false},
+		"name of 256 bytes":   {dek.Claim{Node: strings.Repeat("n", 256), UUID: uuid}, false, true},
+		"name of 257 bytes":   {dek.Claim{Node: strings.Repeat("n", 257), UUID: uuid}, false, false},
+		"name of other bytes": {dek.Claim{Node: "\xff", UUID: uuid}, false, false},
+	} {
+		if err := c.claim.Validate(c.released); (err == nil) != c.ok {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -275,7 +275,7 @@ func (k *Keyring) GetDEK(ctx context.Context, id dek.ID) (d dek.DEK, err error) 
 // ErrConflict while another node holds the claim; ErrState unless the DEK is
 // Prepared.
 func (k *Keyring) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error) {
-	if err := validClaim(claim, false); err != nil {
+	if err := claim.Validate(false); err != nil {
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: claim: %w", id, err)
 	}
 	var holds dek.Claim
@@ -325,7 +325,7 @@ func (k *Keyring) ReleaseClaim(ctx context.Context, id dek.ID, node string) erro
 // key's ends the rotation: the previous key is dropped. Any other only raises
 // the floor.
 func (k *Keyring) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error {
-	if err := validUUID(h.UUID); err != nil {
+	if err := dek.CheckUUID(h.UUID); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: header: %w", id, err)
 	}
 	return k.change(ctx, id, func(r *record, main opened) (bool, error) {

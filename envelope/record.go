@@ -328,14 +328,14 @@ func (r *record) validateLive() error {
 			return fmt.Errorf("prepared, but with a header")
 		}
 	case dek.Formatted, dek.Rotating:
-		if err := validUUID(r.Header.UUID); err != nil {
+		if err := dek.CheckUUID(r.Header.UUID); err != nil {
 			return fmt.Errorf("header: %w", err)
 		}
 	default:
 		return fmt.Errorf("state %.40q is not known", r.State)
 	}
 	if r.Claim != (claimV1{}) {
-		if err := validClaim(dek.Claim(r.Claim), true); err != nil {
+		if err := dek.Claim(r.Claim).Validate(true); err != nil {
 			return fmt.Errorf("claim: %w", err)
 		}
 	}
@@ -373,30 +373,6 @@ func validSpec(s dek.Spec) error {
 		return fmt.Errorf("the name in the spec is not UTF-8")
 	}
 	return s.Validate()
-}
-
-// validClaim checks a claim; one that was released has a UUID alone.
-func validClaim(c dek.Claim, released bool) error {
-	if c.Node == "" && !released || len(c.Node) > 256 || !utf8.ValidString(c.Node) {
-		return fmt.Errorf("node name of %d bytes: must be 1 to 256 of UTF-8", len(c.Node))
-	}
-	return validUUID(c.UUID)
-}
-
-// validUUID checks the form in which LUKS headers and dek.NewUUID write one.
-func validUUID(s string) error {
-	ok := len(s) == 36
-	for i := 0; ok && i < len(s); i++ {
-		if i == 8 || i == 13 || i == 18 || i == 23 {
-			ok = s[i] == '-'
-		} else {
-			ok = s[i] >= '0' && s[i] <= '9' || s[i] >= 'a' && s[i] <= 'f'
-		}
-	}
-	if !ok {
-		return fmt.Errorf("UUID %.40q is not 36 characters of lower-case hex and dashes", s)
-	}
-	return nil
 }
 
 // flatten returns the fields of a JSON object by path, strings as 's' with

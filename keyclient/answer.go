@@ -19,7 +19,6 @@ const (
 	// of a sealed DEK with it and with AES-GCM's tag.
 	encapsulated = 32
 	sealed       = encapsulated + dek.Size + 16
-	maxNode      = 256 // of a node's name in bytes, as records have it
 )
 
 // corrupt is the error for an answer that cannot be one.
@@ -115,7 +114,7 @@ func validDEK(d dek.DEK) error {
 		}
 	}
 	if d.Claim != (dek.Claim{}) {
-		if err := validClaim(d.Claim, true); err != nil {
+		if err := d.Claim.Validate(true); err != nil {
 			return fmt.Errorf("claim: %w", err)
 		}
 	}
@@ -125,7 +124,7 @@ func validDEK(d dek.DEK) error {
 			return fmt.Errorf("it is %s, but with a header", d.State)
 		}
 	case dek.Formatted, dek.Rotating:
-		if err := validUUID(d.Header.UUID); err != nil {
+		if err := dek.CheckUUID(d.Header.UUID); err != nil {
 			return fmt.Errorf("header: %w", err)
 		}
 	default:
@@ -143,30 +142,6 @@ func validSpec(s dek.Spec) error {
 		return fmt.Errorf("the name in the spec is not UTF-8")
 	}
 	return s.Validate()
-}
-
-// validClaim checks a claim; one that was released has a UUID alone.
-func validClaim(c dek.Claim, released bool) error {
-	if c.Node == "" && !released || len(c.Node) > maxNode || !utf8.ValidString(c.Node) {
-		return fmt.Errorf("node name of %d bytes: must be 1 to %d of UTF-8", len(c.Node), maxNode)
-	}
-	return validUUID(c.UUID)
-}
-
-// validUUID checks the form in which LUKS headers and dek.NewUUID write one.
-func validUUID(s string) error {
-	ok := len(s) == 36
-	for i := 0; ok && i < len(s); i++ {
-		if i == 8 || i == 13 || i == 18 || i == 23 {
-			ok = s[i] == '-'
-		} else {
-			ok = s[i] >= '0' && s[i] <= '9' || s[i] >= 'a' && s[i] <= 'f'
-		}
-	}
-	if !ok {
-		return fmt.Errorf("UUID %.40q is not 36 characters of lower-case hex and dashes", s)
-	}
-	return nil
 }
 
 func specToWire(s dek.Spec) *keyservicev1.Spec {

@@ -253,7 +253,7 @@ func (c *Client) createDEK(ctx context.Context, conn *connection, id dek.ID, spe
 // UUID of one that was released. ErrConflict while another node holds the
 // claim; ErrState unless the DEK is Prepared.
 func (c *Client) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (holds dek.Claim, err error) {
-	if err := validClaim(claim, false); err != nil {
+	if err := claim.Validate(false); err != nil {
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q: claim: %w", id, err)
 	}
 	err = c.about(ctx, "ClaimFormat", id, func(ctx context.Context, conn *connection) error {
@@ -262,7 +262,7 @@ func (c *Client) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (h
 			return err
 		}
 		got := dek.Claim{Node: a.GetNode(), UUID: a.GetUuid()}
-		if err := validClaim(got, false); err != nil {
+		if err := got.Validate(false); err != nil {
 			return corrupt("%w", err)
 		}
 		if got.Node != claim.Node {
@@ -278,7 +278,7 @@ func (c *Client) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (h
 // to h; a sequence below the floor changes nothing. ErrState where h is another
 // header than the one that was claimed or confirmed, or nothing was claimed.
 func (c *Client) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error {
-	if err := validUUID(h.UUID); err != nil {
+	if err := dek.CheckUUID(h.UUID); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q: header: %w", id, err)
 	}
 	return c.about(ctx, "ConfirmDEK", id, func(ctx context.Context, conn *connection) error {

@@ -17,7 +17,7 @@ func constellationCan(method string, id dek.ID) error {
 	if method != "GetDEK" {
 		return errdefs.Errorf(errdefs.ErrInvalid, "%s of DEK %s: Constellation's key service hands out the keys of volumes that exist and can do nothing else", method, id)
 	}
-	if err := validUUID(string(id)); err != nil {
+	if err := dek.CheckUUID(string(id)); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "Constellation's key service is asked for keys by the UUID of a LUKS header alone: %w", err)
 	}
 	return nil

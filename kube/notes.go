@@ -78,7 +78,7 @@ func (n *Notes) Note(ctx context.Context, id dek.ID) (dek.HeaderID, bool, error)
 // outside of Kubernetes. ErrState where a note names another header; otherwise
 // ErrUnavailable means that a part may have happened, and calling again is right.
 func (n *Notes) Confirm(ctx context.Context, id dek.ID, h dek.HeaderID) (bool, error) {
-	if !validUUID(h.UUID) {
+	if dek.CheckUUID(h.UUID) != nil {
 		return false, errdefs.Errorf(errdefs.ErrInvalid, "header %.40q is not a UUID of lower-case hex and dashes", h.UUID)
 	}
 	if err := n.a.volumes.ready(); err != nil {
@@ -166,22 +166,8 @@ func asked(ctx context.Context, request string, err error) error {
 func parseNote(v volume) (dek.HeaderID, error) {
 	uuid, digits, _ := strings.Cut(v.note, ":")
 	sequence, err := strconv.ParseUint(digits, 10, 64)
-	if err != nil || !validUUID(uuid) || strconv.FormatUint(sequence, 10) != digits {
+	if err != nil || dek.CheckUUID(uuid) != nil || strconv.FormatUint(sequence, 10) != digits {
 		return dek.HeaderID{}, errdefs.Errorf(errdefs.ErrState, "PersistentVolume %s: annotation %s is %.80q, which is no note of ours: somebody changed it and has to put it back", v.name, AnnotationFormatted, v.note)
 	}
 	return dek.HeaderID{UUID: uuid, Sequence: sequence}, nil
-}
-
-func validUUID(s string) bool {
-	if len(s) != 36 {
-		return false
-	}
-	for i := range len(s) {
-		dash := i == 8 || i == 13 || i == 18 || i == 23
-		hex := s[i] >= '0' && s[i] <= '9' || s[i] >= 'a' && s[i] <= 'f'
-		if dash && s[i] != '-' || !dash && !hex {
-			return false
-		}
-	}
-	return true
 }
