@@ -27,13 +27,45 @@ type Found struct {
 	Reason error
 }
 
+// Want is what a volume's header must say. It comes from the record or the
+// node's policy, never from the disk.
+type Want struct {
+	// ID of the DEK, which the token must name; for ReadConstellation the LUKS
+	// UUID, which is the key ID there.
+	ID dek.ID
+	// Spec: cipher and integrity.
+	Spec dek.Spec
+	// SectorSize is 512 or 4096. ReadConstellation demands it. Read accepts
+	// either value whatever it is: the MAC vouches for the one that the volume
+	// was formatted with, and a device that grew or moved may not suggest it any
+	// more.
+	SectorSize int
+}
+
 // Read reads the two metadata copies and the key material that they list from
 // device, once, and checks them. This function is the seam between "read" and
 // "open": whatever it does not return as Found.Header never reaches
 // libcryptsetup. Of two copies that verify the one with the higher token
 // sequence counts. The error tells of a device that cannot be read; bad
 // content is told by Found.Reason.
-func Read(device io.ReaderAt, id dek.ID, key secret.Bytes) (Found, error) {
+func Read(device io.ReaderAt, want Want, key secret.Bytes) (Found, error) {
+	return read(device, func(raw []byte, offset int64) (*Header, error) {
+		return verify(device, raw, offset, want, key)
+	})
+}
+
+// ReadConstellation is Read for a volume that Constellation made: it has no
+// token and no MAC, so nothing vouches for the header but its form. Whether the
+// DEK belongs to it is for libcryptsetup to find out. The header's Token is
+// zero, and so is its ID's sequence. Of two good copies the one with the higher
+// LUKS2 sequence number counts.
+func ReadConstellation(device io.ReaderAt, want Want) (Found, error) {
+	return read(device, func(raw []byte, offset int64) (*Header, error) {
+		return match(device, raw, offset, want)
+	})
+}
+
+func read(device io.ReaderAt, check func(raw []byte, offset int64) (*Header, error)) (Found, error) {
 	both := make([]byte, 2*CopySize)
 	if _, err := device.ReadAt(both, 0); err != nil {
 		return Found{}, errdefs.Errorf(errdefs.ErrUnavailable, "reading the header area: %w", err)
@@ -49,13 +81,13 @@ func Read(device io.ReaderAt, id dek.ID, key secret.Bytes) (Found, error) {
 			continue
 		}
 		f.UUIDs = append(f.UUIDs, uuid)
-		h, err := verify(device, raw, offset, id, key)
+		h, err := check(raw, offset)
 		if err != nil {
 			reasons = append(reasons, err)
 			continue
 		}
 		verified++
-		if f.Header == nil || h.Token.Sequence > f.Header.Token.Sequence {
+		if f.Header == nil || h.newer(f.Header) {
 			f.Header = h
 		}
 	}
@@ -68,8 +100,32 @@ func Read(device io.ReaderAt, id dek.ID, key secret.Bytes) (Found, error) {
 	return f, nil
 }
 
+// newer tells whether h replaces other, both having passed.
+func (h *Header) newer(other *Header) bool {
+	if h.Token.Sequence != other.Token.Sequence {
+		return h.Token.Sequence > other.Token.Sequence
+	}
+	return h.Token.Sequence == 0 && h.Copy.Sequence() > other.Copy.Sequence()
+}
+
+// match checks one copy of a Constellation header.
+func match(device io.ReaderAt, raw []byte, offset int64, want Want) (*Header, error) {
+	c, err := parseCopy(raw, offset)
+	if err != nil {
+		return nil, err
+	}
+	if c.UUID() != string(want.ID) {
+		return nil, fmt.Errorf("header at offset %d has the UUID %q, not %q", offset, c.UUID(), want.ID)
+	}
+	areas, err := c.readAreas(device)
+	if err != nil {
+		return nil, err
+	}
+	return &Header{Copy: c, areas: areas}, nil
+}
+
 // verify checks one copy: form, token, DEK ID, MAC.
-func verify(device io.ReaderAt, raw []byte, offset int64, id dek.ID, key secret.Bytes) (*Header, error) {
+func verify(device io.ReaderAt, raw []byte, offset int64, want Want, key secret.Bytes) (*Header, error) {
 	c, err := parseCopy(raw, offset)
 	if err != nil {
 		return nil, err
@@ -78,8 +134,8 @@ func verify(device io.ReaderAt, raw []byte, offset int64, id dek.ID, key secret.
 	if err != nil {
 		return nil, err
 	}
-	if t.DEKID != string(id) {
-		return nil, fmt.Errorf("header at offset %d belongs to %q, not to %s", offset, t.DEKID, id)
+	if t.DEKID != string(want.ID) {
+		return nil, fmt.Errorf("header at offset %d belongs to %q, not to %s", offset, t.DEKID, want.ID)
 	}
 	areas, err := c.readAreas(device)
 	if err != nil {
@@ -90,7 +146,7 @@ func verify(device io.ReaderAt, raw []byte, offset int64, id dek.ID, key secret.
 		return nil, err
 	}
 	if got, err := base64.StdEncoding.DecodeString(t.MAC); err != nil || !hmac.Equal(got, mac) {
-		return nil, fmt.Errorf("header at offset %d does not verify under the DEK of %s", offset, id)
+		return nil, fmt.Errorf("header at offset %d does not verify under the DEK of %s", offset, want.ID)
 	}
 	return &Header{Copy: c, areas: areas, Token: t}, nil
 }

@@ -23,6 +23,8 @@ const (
 	uuid = "01234567-89ab-4cde-8f01-23456789abcd"
 )
 
+var want = luks2.Want{ID: id, Spec: dek.Spec{Cipher: dek.CipherXTS}, SectorSize: 4096}
+
 // disk is a device in memory. It can lose everything after n writes.
 type disk struct {
 	data   []byte
@@ -98,7 +100,7 @@ func written(t *testing.T, key secret.Bytes) (*disk, *luks2.Header) {
 
 func read(t *testing.T, d *disk, key secret.Bytes) luks2.Found {
 	t.Helper()
-	f, err := luks2.Read(d, id, key)
+	f, err := luks2.Read(d, want, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +126,7 @@ func TestOtherKeysAndIDs(t *testing.T) {
 	if f := read(t, d, newKey(2)); f.Header != nil || !strings.Contains(f.Reason.Error(), "does not verify") || f.UUIDs[0] != uuid {
 		t.Errorf("another key: %+v", f)
 	}
-	if f, err := luks2.Read(d, "test.cryptcsi.io/vol-2", key); err != nil || f.Header != nil || !strings.Contains(f.Reason.Error(), "belongs to") {
+	if f, err := luks2.Read(d, luks2.Want{ID: "test.cryptcsi.io/vol-2", Spec: want.Spec, SectorSize: 4096}, key); err != nil || f.Header != nil || !strings.Contains(f.Reason.Error(), "belongs to") {
 		t.Errorf("another ID: %+v, %v", f, err)
 	}
 	blank := &disk{data: make([]byte, luks2.DataOffset)}
@@ -241,7 +243,7 @@ func TestMaterialise(t *testing.T) {
 	if err := h.Materialise(file); err != nil {
 		t.Fatal(err)
 	}
-	f, err := luks2.Read(file, id, key)
+	f, err := luks2.Read(file, want, key)
 	if err != nil || f.Header == nil || !f.Whole {
 		t.Errorf("read back: %+v, %v", f, err)
 	}

@@ -82,7 +82,7 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 // header returns the header to open the device with: the one on it if it
 // verifies, else a new one where the rules allow to format.
 func (o *operation) header(dev *device) (*luks2.Header, error) {
-	found, err := luks2.Read(dev.file, o.ID, o.key)
+	found, err := luks2.Read(dev.file, o.want(dev), o.key)
 	if err != nil {
 		return nil, err
 	}
@@ -102,6 +102,11 @@ func (o *operation) header(dev *device) (*luks2.Header, error) {
 		}
 	}
 	return h, nil
+}
+
+// want is what the header on the device must say.
+func (o *operation) want(dev *device) luks2.Want {
+	return luks2.Want{ID: o.ID, Spec: o.Spec, SectorSize: o.sectorSize(dev)}
 }
 
 // acceptable compares a header that verifies with what the record says.

@@ -44,7 +44,7 @@ func warmUp(l *log) {
 	if err != nil || h.Write(header, func(string) {}) != nil {
 		return
 	}
-	found, err := luks2.Read(header, "warm-up", key)
+	found, err := luks2.Read(header, luks2.Want{ID: "warm-up", Spec: dek.Spec{Cipher: dek.CipherXTS}, SectorSize: 512}, key)
 	if err != nil || found.Header == nil {
 		return
 	}
