@@ -13,19 +13,18 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
-	"strconv"
+
+	"github.com/cryptcsi/cryptcsi/dek"
 )
 
 // The layout that every header of ours has, in bytes.
 const (
 	CopySize   = 16 << 10 // one metadata copy: binary header and JSON area
 	binarySize = 4 << 10
-	areaStart  = 2 * CopySize // the first keyslot area
+	areaStart  = 2 * CopySize // the keyslot area
 	DataOffset = 16 << 20     // where the data (or the dm-integrity superblock) begins
-	maxAreas   = 1 << 20      // all keyslot areas together
 )
 
 // Offsets within the binary header (specification, section 2.1).
@@ -51,32 +50,17 @@ var (
 // Copy is one of the two metadata copies, as read.
 type Copy struct {
 	raw  []byte // CopySize bytes
-	json metadata
-}
-
-// metadata is the part of the JSON area that is needed before the MAC is
-// checked: where the key material lies and our own token.
-type metadata struct {
-	Keyslots map[string]struct {
-		Area struct {
-			Offset string `json:"offset"`
-			Size   string `json:"size"`
-		} `json:"area"`
-	} `json:"keyslots"`
-	Tokens map[string]json.RawMessage `json:"tokens"`
+	json value
 }
 
 // Header is a whole header area: the metadata copy that counts and the key
 // material that it lists.
 type Header struct {
-	Copy  *Copy
-	areas []area
-	Token Token
-}
-
-type area struct {
-	offset int64
-	data   []byte
+	Copy       *Copy
+	area       []byte // of keyslot 0, at areaStart
+	Token      Token
+	sectorSize int
+	want       Want // what it was checked against
 }
 
 // magicOf tells whether raw starts like a LUKS header copy, and the UUID that
@@ -88,40 +72,66 @@ func magicOf(raw []byte) (uuid string, ok bool) {
 	return cString(raw[offUUID : offUUID+40]), true
 }
 
-// parseCopy checks the binary header of a copy that should lie at offset: its
-// magic, version, size, place and checksum. LUKS2's checksum is unkeyed: it
-// finds damage, not forgery.
+// parseCopy checks the form of a copy that should lie at offset: the binary
+// header, of which only salt, UUID and sequence number are free, and that the
+// JSON area is readable. LUKS2's checksum is unkeyed: it finds damage, not
+// forgery, and is looked at first so that damage is not taken for forgery.
 func parseCopy(raw []byte, offset int64) (*Copy, error) {
+	if err := checkBinary(raw, offset); err != nil {
+		return nil, fmt.Errorf("header at offset %d: %w", offset, err)
+	}
+	text, rest, ok := bytes.Cut(raw[binarySize:], []byte{0})
+	if !ok {
+		return nil, fmt.Errorf("header at offset %d: the JSON has no end", offset)
+	}
+	if !isZero(rest) {
+		return nil, fmt.Errorf("header at offset %d: there is something behind the JSON's end", offset)
+	}
+	json, err := readJSON(string(text))
+	if err != nil {
+		return nil, fmt.Errorf("header at offset %d: %w", offset, err)
+	}
+	return &Copy{raw: raw, json: json}, nil
+}
+
+func checkBinary(raw []byte, offset int64) error {
 	magic := magicPrimary
 	if offset != 0 {
 		magic = magicSecondary
 	}
+	sum := checksum(raw)
+	number := binary.BigEndian.Uint64
 	switch {
 	case !bytes.HasPrefix(raw, magic):
-		return nil, fmt.Errorf("no LUKS2 header at offset %d", offset)
+		return errors.New("there is no LUKS2 magic")
 	case binary.BigEndian.Uint16(raw[offVersion:]) != 2:
-		return nil, fmt.Errorf("header at offset %d has LUKS version %d, not 2", offset, binary.BigEndian.Uint16(raw[offVersion:]))
-	case binary.BigEndian.Uint64(raw[offSize:]) != CopySize:
-		return nil, fmt.Errorf("header at offset %d has a size of %d bytes, not %d", offset, binary.BigEndian.Uint64(raw[offSize:]), CopySize)
-	case binary.BigEndian.Uint64(raw[offOffset:]) != uint64(offset):
-		return nil, fmt.Errorf("header at offset %d says it lies elsewhere", offset)
-	case cString(raw[offAlg:offAlg+32]) != "sha256":
-		return nil, fmt.Errorf("header at offset %d has a checksum other than sha256", offset)
+		return fmt.Errorf("LUKS version is %d and must be 2", binary.BigEndian.Uint16(raw[offVersion:]))
+	case !bytes.Equal(raw[offChecksum:offChecksum+lenChecksum], append(sum[:], make([]byte, lenChecksum-len(sum))...)):
+		return errors.New("it fails its checksum")
+	case number(raw[offSize:]) != CopySize:
+		return fmt.Errorf("header size is %d and must be %d", number(raw[offSize:]), CopySize)
+	case number(raw[offOffset:]) != uint64(offset):
+		return fmt.Errorf("it says that it lies at offset %d", number(raw[offOffset:]))
+	case !bytes.Equal(raw[offAlg:offSalt], fixed("sha256", offSalt-offAlg)):
+		return fmt.Errorf("checksum algorithm is %.32q and must be \"sha256\"", raw[offAlg:offSalt])
+	case !isZero(raw[offLabel:offAlg]):
+		return errors.New("label is there and must be empty")
+	case !isZero(raw[offSubsystem:offOffset]):
+		return errors.New("subsystem is there and must be empty")
+	case !isZero(raw[offOffset+8 : offChecksum]), !isZero(raw[offChecksum+lenChecksum : binarySize]):
+		return errors.New("padding is not zero")
 	}
-	if sum := checksum(raw); !bytes.Equal(sum[:], raw[offChecksum:offChecksum+sha256.Size]) {
-		return nil, fmt.Errorf("header at offset %d fails its checksum", offset)
+	uuid := raw[offUUID:offSubsystem]
+	if err := dek.CheckUUID(cString(uuid)); err != nil || !bytes.Equal(uuid, fixed(cString(uuid), len(uuid))) {
+		return fmt.Errorf("UUID is %.40q and must be 36 characters of lower-case hex and dashes", uuid)
 	}
-	text := raw[binarySize:]
-	before, _, ok := bytes.Cut(text, []byte{0})
-	if !ok {
-		return nil, fmt.Errorf("JSON area at offset %d has no end", offset)
-	}
-	c := &Copy{raw: raw}
-	if err := json.Unmarshal(before, &c.json); err != nil {
-		return nil, fmt.Errorf("JSON area at offset %d: %w", offset, err)
-	}
-	return c, nil
+	return nil
 }
+
+// fixed is s in a field of n bytes.
+func fixed(s string, n int) []byte { return append([]byte(s), make([]byte, n-len(s))...) }
+
+func isZero(b []byte) bool { return len(bytes.TrimLeft(b, "\x00")) == 0 }
 
 // UUID returns the LUKS UUID.
 func (c *Copy) UUID() string { return cString(c.raw[offUUID : offUUID+40]) }
@@ -133,38 +143,6 @@ func checksum(raw []byte) [sha256.Size]byte {
 	h.Write(make([]byte, lenChecksum))
 	h.Write(raw[offChecksum+lenChecksum:])
 	return [sha256.Size]byte(h.Sum(nil))
-}
-
-// readAreas reads the key material that c lists, within bounds.
-func (c *Copy) readAreas(device io.ReaderAt) ([]area, error) {
-	if len(c.json.Keyslots) == 0 || len(c.json.Keyslots) > 2 {
-		return nil, fmt.Errorf("header lists %d keyslots: 1 or 2 are expected", len(c.json.Keyslots))
-	}
-	var areas []area
-	total := int64(0)
-	for _, slot := range []string{"0", "1"} {
-		k, ok := c.json.Keyslots[slot]
-		if !ok {
-			continue
-		}
-		offset, err1 := strconv.ParseInt(k.Area.Offset, 10, 64)
-		size, err2 := strconv.ParseInt(k.Area.Size, 10, 64)
-		if err1 != nil || err2 != nil || offset < areaStart || size <= 0 || size > maxAreas || offset > DataOffset-size {
-			return nil, fmt.Errorf("keyslot %s names an area that is not possible", slot)
-		}
-		if total += size; total > maxAreas {
-			return nil, fmt.Errorf("keyslot areas of more than %d bytes", maxAreas)
-		}
-		data := make([]byte, size)
-		if _, err := device.ReadAt(data, offset); err != nil {
-			return nil, fmt.Errorf("reading the area of keyslot %s: %w", slot, err)
-		}
-		areas = append(areas, area{offset, data})
-	}
-	if len(areas) != len(c.json.Keyslots) {
-		return nil, fmt.Errorf("header lists a keyslot other than 0 and 1")
-	}
-	return areas, nil
 }
 
 // secondary returns the second copy that belongs to the primary raw.

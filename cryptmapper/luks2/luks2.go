@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"sync"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -49,8 +51,8 @@ type Want struct {
 // sequence counts. The error tells of a device that cannot be read; bad
 // content is told by Found.Reason.
 func Read(device io.ReaderAt, want Want, key secret.Bytes) (Found, error) {
-	return read(device, func(raw []byte, offset int64) (*Header, error) {
-		return verify(device, raw, offset, want, key)
+	return read(device, want, func(raw []byte, offset int64, area readArea) (*Header, error) {
+		return verify(raw, offset, want, area, key)
 	})
 }
 
@@ -60,16 +62,30 @@ func Read(device io.ReaderAt, want Want, key secret.Bytes) (Found, error) {
 // zero, and so is its ID's sequence. Of two good copies the one with the higher
 // LUKS2 sequence number counts.
 func ReadConstellation(device io.ReaderAt, want Want) (Found, error) {
-	return read(device, func(raw []byte, offset int64) (*Header, error) {
-		return match(device, raw, offset, want)
+	return read(device, want, func(raw []byte, offset int64, area readArea) (*Header, error) {
+		return checkConstellation(raw, offset, want, area)
 	})
 }
 
-func read(device io.ReaderAt, check func(raw []byte, offset int64) (*Header, error)) (Found, error) {
+// readArea reads the key material, which both copies list at one place, once.
+type readArea func() ([]byte, error)
+
+func (w Want) readArea(device io.ReaderAt) readArea {
+	return sync.OnceValues(func() ([]byte, error) {
+		area := make([]byte, w.areaSize())
+		if _, err := device.ReadAt(area, areaStart); err != nil {
+			return nil, fmt.Errorf("reading the area of keyslot 0: %w", err)
+		}
+		return area, nil
+	})
+}
+
+func read(device io.ReaderAt, want Want, check func(raw []byte, offset int64, area readArea) (*Header, error)) (Found, error) {
 	both := make([]byte, 2*CopySize)
 	if _, err := device.ReadAt(both, 0); err != nil {
 		return Found{}, errdefs.Errorf(errdefs.ErrUnavailable, "reading the header area: %w", err)
 	}
+	area := want.readArea(device)
 	var f Found
 	var reasons []error
 	verified := 0
@@ -81,7 +97,7 @@ func read(device io.ReaderAt, check func(raw []byte, offset int64) (*Header, err
 			continue
 		}
 		f.UUIDs = append(f.UUIDs, uuid)
-		h, err := check(raw, offset)
+		h, err := check(raw, offset, area)
 		if err != nil {
 			reasons = append(reasons, err)
 			continue
@@ -95,9 +111,19 @@ func read(device io.ReaderAt, check func(raw []byte, offset int64) (*Header, err
 		f.Reason = errors.Join(reasons...)
 		return f, nil
 	}
-	f.Whole = verified == 2 && bytes.Equal(primary(both[:CopySize]), primary(both[CopySize:]))
+	f.Whole = verified == 2 && sameCopies(both, f.Header)
 	f.Header.Copy.raw = primary(f.Header.Copy.raw)
 	return f, nil
+}
+
+// sameCopies tells whether the second copy is the first. libcryptsetup gives
+// each a salt of its own, ours have one, which the MAC covers.
+func sameCopies(both []byte, h *Header) bool {
+	first, second := bytes.Clone(both[:CopySize]), bytes.Clone(both[CopySize:])
+	if h.Token.MAC == "" {
+		copy(second[offSalt:offUUID], first[offSalt:offUUID])
+	}
+	return bytes.Equal(primary(first), primary(second))
 }
 
 // newer tells whether h replaces other, both having passed.
@@ -108,110 +134,115 @@ func (h *Header) newer(other *Header) bool {
 	return h.Token.Sequence == 0 && h.Copy.Sequence() > other.Copy.Sequence()
 }
 
-// match checks one copy of a Constellation header.
-func match(device io.ReaderAt, raw []byte, offset int64, want Want) (*Header, error) {
-	c, err := parseCopy(raw, offset)
-	if err != nil {
-		return nil, err
-	}
-	if c.UUID() != string(want.ID) {
-		return nil, fmt.Errorf("header at offset %d has the UUID %q, not %q", offset, c.UUID(), want.ID)
-	}
-	areas, err := c.readAreas(device)
-	if err != nil {
-		return nil, err
-	}
-	return &Header{Copy: c, areas: areas}, nil
+// parse checks the form of one copy of a header of ours, without its MAC.
+func (w Want) parse(raw []byte, offset int64) (*Header, error) {
+	return w.match(raw, offset, w.ours)
 }
 
-// verify checks one copy: form, token, DEK ID, MAC.
-func verify(device io.ReaderAt, raw []byte, offset int64, want Want, key secret.Bytes) (*Header, error) {
+// match checks one copy against a template.
+func (w Want) match(raw []byte, offset int64, template func(*Header) form) (*Header, error) {
+	if err := w.Spec.Validate(); err != nil {
+		return nil, fmt.Errorf("what the volume must be is not known: %w", err)
+	}
 	c, err := parseCopy(raw, offset)
 	if err != nil {
 		return nil, err
 	}
-	t, err := c.findToken()
+	h := &Header{Copy: c, want: w}
+	if err := template(h)("", &c.json); err != nil {
+		return nil, fmt.Errorf("header at offset %d: %w", offset, err)
+	}
+	return h, nil
+}
+
+// checkConstellation checks one copy of a header that Constellation made.
+func checkConstellation(raw []byte, offset int64, want Want, area readArea) (*Header, error) {
+	h, err := want.match(raw, offset, want.constellation)
 	if err != nil {
 		return nil, err
 	}
-	if t.DEKID != string(want.ID) {
-		return nil, fmt.Errorf("header at offset %d belongs to %q, not to %s", offset, t.DEKID, want.ID)
+	if uuid := h.Copy.UUID(); uuid != string(want.ID) {
+		return nil, fmt.Errorf("header at offset %d: UUID is %q and must be %q", offset, uuid, want.ID)
 	}
-	areas, err := c.readAreas(device)
+	h.area, err = area()
+	return h, err
+}
+
+// verify checks one copy of a header of ours: form, then MAC.
+func verify(raw []byte, offset int64, want Want, area readArea, key secret.Bytes) (*Header, error) {
+	h, err := want.parse(raw, offset)
 	if err != nil {
 		return nil, err
 	}
-	mac, err := sum(raw, t.MAC, areas, key)
+	if h.area, err = area(); err != nil {
+		return nil, err
+	}
+	mac, err := sum(raw, h.Token.MAC, h.area, key)
 	if err != nil {
 		return nil, err
 	}
-	if got, err := base64.StdEncoding.DecodeString(t.MAC); err != nil || !hmac.Equal(got, mac) {
+	if got, err := base64.StdEncoding.DecodeString(h.Token.MAC); err != nil || !hmac.Equal(got, mac) {
 		return nil, fmt.Errorf("header at offset %d does not verify under the DEK of %s", offset, want.ID)
 	}
-	return &Header{Copy: c, areas: areas, Token: t}, nil
+	return h, nil
 }
 
 // Seal reads the header that libcryptsetup has written into file, computes its
-// MAC and returns it complete. The file is only read.
-func Seal(file io.ReaderAt, key secret.Bytes) (*Header, error) {
+// MAC and returns it complete. A header that Read would not take back is an
+// error: nothing of it is on a device yet. The file is only read.
+func Seal(file io.ReaderAt, want Want, key secret.Bytes) (*Header, error) {
 	raw := make([]byte, CopySize)
 	if _, err := file.ReadAt(raw, 0); err != nil {
 		return nil, fmt.Errorf("reading the new header: %w", err)
 	}
-	c, err := parseCopy(raw, 0)
+	h, err := want.parse(raw, 0)
 	if err != nil {
+		return nil, fmt.Errorf("libcryptsetup wrote another header than expected: %w", err)
+	}
+	if h.area, err = want.readArea(file)(); err != nil {
 		return nil, err
 	}
-	areas, err := c.readAreas(file)
-	if err != nil {
-		return nil, err
-	}
-	return seal(raw, areas, key)
+	return h.seal(raw, key)
 }
 
-// seal fills the MAC into a primary copy.
-func seal(raw []byte, areas []area, key secret.Bytes) (*Header, error) {
-	mac, err := sum(raw, noMAC, areas, key)
+// seal returns the header that a primary copy without MAC and h's key material
+// make.
+func (h *Header) seal(raw []byte, key secret.Bytes) (*Header, error) {
+	mac, err := sum(raw, noMAC, h.area, key)
 	if err != nil {
 		return nil, err
 	}
 	raw = bytes.Replace(raw, []byte(noMAC), []byte(base64.StdEncoding.EncodeToString(mac)), 1)
-	c, err := parseCopy(primary(raw), 0)
+	sealed, err := h.want.parse(primary(raw), 0)
 	if err != nil {
 		return nil, err
 	}
-	t, err := c.findToken()
-	if err != nil {
-		return nil, err
-	}
-	return &Header{Copy: c, areas: areas, Token: t}, nil
+	sealed.area = h.area
+	return sealed, nil
 }
 
 // With returns a copy of h whose token is t with the next sequence number,
 // sealed. Nothing else of the header changes.
 func (h *Header) With(t Token, key secret.Bytes) (*Header, error) {
 	t.Sequence = h.Token.Sequence + 1
-	old := []byte(nil)
-	for _, raw := range h.Copy.json.Tokens {
-		if bytes.Contains(raw, []byte(h.Token.MAC)) {
-			old = raw
-		}
+	old := h.Copy.json.member("tokens").member("0")
+	if old == nil {
+		return nil, errors.New("the header has no token")
 	}
 	text := h.Copy.raw[binarySize:]
-	text = text[:bytes.IndexByte(text, 0)]
-	if old == nil || bytes.Count(text, old) != 1 {
-		return nil, fmt.Errorf("the header's token cannot be found again in its JSON")
-	}
-	text = bytes.Replace(text, old, []byte(t.Unsealed()), 1)
+	text = slices.Concat(text[:old.from], []byte(t.Unsealed()), bytes.TrimRight(text[old.to:], "\x00"))
 	if len(text) >= CopySize-binarySize {
-		return nil, fmt.Errorf("the header's JSON area is full")
+		return nil, errors.New("the header's JSON area is full")
 	}
 	raw := make([]byte, CopySize)
 	copy(raw, h.Copy.raw[:binarySize])
 	binary.BigEndian.PutUint64(raw[offSequence:], h.Copy.Sequence()+1)
 	copy(raw[binarySize:], text)
-	return seal(primary(raw), h.areas, key)
+	return h.seal(primary(raw), key)
 }
+
+// SectorSize is that of the encryption, 512 or 4096 bytes.
+func (h *Header) SectorSize() int { return h.sectorSize }
 
 // ID returns the header's identity.
 func (h *Header) ID() dek.HeaderID {
@@ -250,10 +281,8 @@ type Device interface {
 // without its first 4 KiB, those 4 KiB, each synced before the next. step is
 // called after each, for tests that crash there.
 func (h *Header) Write(device Device, step func(string)) error {
-	for _, a := range h.areas {
-		if err := writeSync(device, a.data, a.offset); err != nil {
-			return err
-		}
+	if err := writeSync(device, h.area, areaStart); err != nil {
+		return err
 	}
 	step("keyslot area written")
 	return h.WriteCopies(device, step)
@@ -293,9 +322,11 @@ func (h *Header) Materialise(file *os.File) error {
 	if err := file.Truncate(DataOffset); err != nil {
 		return err
 	}
-	parts := append([]area{{0, h.Copy.raw}, {CopySize, secondary(h.Copy.raw)}}, h.areas...)
-	for _, p := range parts {
-		if _, err := file.WriteAt(p.data, p.offset); err != nil {
+	for _, part := range []struct {
+		offset int64
+		data   []byte
+	}{{areaStart, h.area}, {CopySize, secondary(h.Copy.raw)}, {0, h.Copy.raw}} {
+		if _, err := file.WriteAt(part.data, part.offset); err != nil {
 			return err
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -57,8 +58,11 @@ type Geometry struct {
 	Interleave     int   `json:"interleave_sectors"`
 }
 
+// macSize is the length of the MAC in bytes.
+const macSize = sha256.Size
+
 // noMAC has the length of a MAC and stands in its place while it is computed.
-var noMAC = base64.StdEncoding.EncodeToString(make([]byte, sha256.Size))
+var noMAC = base64.StdEncoding.EncodeToString(make([]byte, macSize))
 
 // NewToken returns the token of a volume that is being formatted.
 func NewToken(id dek.ID) Token {
@@ -69,41 +73,31 @@ func NewToken(id dek.ID) Token {
 // libcryptsetup; Seal then fills it in.
 func (t Token) Unsealed() string {
 	t.MAC = noMAC
-	text, _ := json.Marshal(t) // a struct of plain fields always encodes
-	return string(text)
+	var text bytes.Buffer
+	enc := json.NewEncoder(&text)
+	enc.SetEscapeHTML(false)
+	_ = enc.Encode(t) // a struct of plain fields always encodes
+	return strings.TrimSuffix(text.String(), "\n")
 }
 
-// findToken returns our token from a copy's JSON.
+// findToken returns our token from a copy's JSON, for showing.
 func (c *Copy) findToken() (Token, error) {
-	var found *Token
-	for _, raw := range c.json.Tokens {
-		var t Token
-		if json.Unmarshal(raw, &t) != nil || t.Type != TokenType {
-			continue
-		}
-		if found != nil {
-			return Token{}, fmt.Errorf("header has two %s tokens", TokenType)
-		}
-		found = &t
+	var t Token
+	tokens := c.json.member("tokens")
+	if tokens == nil {
+		return t, errors.New("tokens is missing")
 	}
-	switch {
-	case found == nil:
-		return Token{}, fmt.Errorf("header has no %s token: it was not made by cryptcsi", TokenType)
-	case found.Version != tokenVersion:
-		return Token{}, fmt.Errorf("header has a %s token of version %d, this program knows %d", TokenType, found.Version, tokenVersion)
-	case len(found.MAC) != len(noMAC):
-		return Token{}, fmt.Errorf("header has a %s token without a MAC", TokenType)
-	}
-	return *found, nil
+	anyone := Want{Spec: dek.Spec{Integrity: dek.IntegrityHMAC}}
+	return t, object(must("0", anyone.token(&t)))("tokens", tokens)
 }
 
 // sum computes the MAC over a header: every byte of the binary header but its
 // magic, place, sequence number and checksum (which differ between two equal
 // copies, or are covered by Token.Sequence), the whole JSON area with the MAC's
-// own value replaced by noMAC, and offset and content of every keyslot area.
+// own value replaced by noMAC, and offset and content of the keyslot area.
 // Each part is preceded by its length, 8 bytes, big endian. The key is
 // HKDF-SHA-256(DEK, no salt, "cryptcsi luks2 header v1").
-func sum(raw []byte, mac string, areas []area, key secret.Bytes) ([]byte, error) {
+func sum(raw []byte, mac string, area []byte, key secret.Bytes) ([]byte, error) {
 	if strings.Count(string(raw[binarySize:]), mac) != 1 {
 		return nil, fmt.Errorf("the MAC does not stand exactly once in the header")
 	}
@@ -126,9 +120,7 @@ func sum(raw []byte, mac string, areas []area, key secret.Bytes) ([]byte, error)
 	}
 	part(head)
 	part(text)
-	for _, a := range areas {
-		part(binary.BigEndian.AppendUint64(nil, uint64(a.offset)))
-		part(a.data)
-	}
+	part(binary.BigEndian.AppendUint64(nil, areaStart))
+	part(area)
 	return h.Sum(nil), nil
 }

@@ -74,7 +74,7 @@ func (o *operation) format(dev *device) (*luks2.Header, error) {
 		return nil, classify(err, "adding the token")
 	}
 	o.step("header made in memory")
-	h, err := luks2.Seal(file, o.key)
+	h, err := luks2.Seal(file, o.want(dev), o.key)
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "sealing the new header: %w", err)
 	}

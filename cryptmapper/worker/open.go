@@ -237,7 +237,7 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 		differ("integrity layer", s.Integrity != nil, false)
 		differ("size at least", s.Crypt.Length*512 >= t.Size, true)
 	}
-	if o.sectorSize(dev) == 4096 {
+	if h.SectorSize() == 4096 {
 		want.Options = append(want.Options, "sector_size:4096")
 	}
 	differ("cipher", s.Crypt.Cipher, want.Cipher)

@@ -29,9 +29,10 @@ func warmUp(l *log) {
 	if header.Truncate(luks2.DataOffset) != nil || data.Truncate(minimumSize) != nil {
 		return
 	}
+	want := luks2.Want{ID: "warm-up", Spec: dek.Spec{Cipher: dek.CipherXTS}, SectorSize: 512}
 	key := secret.Take(make([]byte, dek.Size))
 	defer key.Wipe()
-	token := luks2.NewToken("warm-up")
+	token := luks2.NewToken(want.ID)
 	d, err := openLUKS(fdPath(header), fdPath(data), l)
 	if err != nil {
 		return
@@ -40,11 +41,11 @@ func warmUp(l *log) {
 	if d.format(dek.NewUUID(), fdPath(data), "", 512, 64, luks2.DataOffset) != nil || d.addKeyslot(key) != nil || d.setToken(token.Unsealed()) != nil {
 		return
 	}
-	h, err := luks2.Seal(header, key)
+	h, err := luks2.Seal(header, want, key)
 	if err != nil || h.Write(header, func(string) {}) != nil {
 		return
 	}
-	found, err := luks2.Read(header, luks2.Want{ID: "warm-up", Spec: dek.Spec{Cipher: dek.CipherXTS}, SectorSize: 512}, key)
+	found, err := luks2.Read(header, want, key)
 	if err != nil || found.Header == nil {
 		return
 	}
