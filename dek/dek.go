@@ -107,6 +107,12 @@ type Spec struct {
 	Layout string `json:"layout,omitempty"`
 }
 
+// LayoutConstellation is a volume that Constellation made, opened as it is: no
+// header of ours, never formatted, never written to but for its data. No record
+// has it, so Validate refuses it; a client of Constellation's key service
+// answers with it.
+const LayoutConstellation = "constellation"
+
 // CipherXTS is AES-256 in XTS mode (a 512-bit volume key), dm-crypt's default.
 const CipherXTS = "aes-xts-plain64"
 

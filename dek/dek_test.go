@@ -82,6 +82,7 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: "cipher_null-ecb"},
 		{Cipher: dek.CipherXTS, Integrity: "crc32c"},
 		{Cipher: dek.CipherXTS, Layout: "clone"},
+		{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation},
 		{Cipher: dek.CipherXTS, Name: strings.Repeat("n", 300)},
 	} {
 		if bad.Validate() == nil {

@@ -76,6 +76,10 @@ type Config struct {
 	Keys    Keys
 	Creator Creator // nil: a node never creates DEKs
 	Mapper  Mapper
+	// Constellation, where not nil, makes this a driver for volumes that
+	// Constellation made, and for no others; Keys is then a client of its
+	// key service, and there is no Creator.
+	Constellation Constellation
 
 	// What the driver asks of the kernel; nil: of the real one.
 	Filesystems Filesystems
@@ -200,6 +204,8 @@ func checkConfig(cfg Config) error {
 	switch {
 	case cfg.Wrapped == nil || cfg.Keys == nil || cfg.Mapper == nil:
 		return invalid("a driver needs a wrapped driver, keys and a mapper")
+	case cfg.Constellation != nil && cfg.Creator != nil:
+		return invalid("Constellation's key service makes no DEKs, and its volumes are never formatted: --create-keys cannot be")
 	case cfg.NodeName == "":
 		return invalid("the node's name is not given: without it two nodes could format one volume")
 	case !filepath.IsAbs(cfg.KubeletDir):

@@ -158,17 +158,20 @@ func (d *Driver) grownDevice(ctx context.Context, v volume, required int64) (Dev
 // expandMapping grows the mapping, and raises the header's floor if the header
 // was written.
 func (d *Driver) expandMapping(ctx context.Context, v volume, st *state, m Mapping) (Mapping, error) {
-	key, err := d.cfg.Keys.GetDEK(ctx, v.dek)
+	key, err := d.cfg.Keys.GetDEK(ctx, st.DEK)
 	if err != nil {
 		return m, err
 	}
 	defer key.Wipe()
+	if err := d.asMade(&key, st.Spec.Integrity); err != nil {
+		return m, err
+	}
 	grown, err := d.cfg.Mapper.Resize(ctx, Volume{Name: v.mapping, Device: v.device()}, key)
 	if err != nil {
 		return m, err
 	}
 	if key.State == dek.Prepared || grown.Header.Sequence > key.Header.Sequence {
-		if err := d.cfg.Keys.ConfirmDEK(ctx, v.dek, grown.Header); err != nil {
+		if err := d.cfg.Keys.ConfirmDEK(ctx, st.DEK, grown.Header); err != nil {
 			return m, err
 		}
 	}

@@ -104,7 +104,9 @@ func (m *machine) tryStart() error {
 		cfg.Mapper = m.mapper(cfg.Mapper)
 	}
 	keys := m.faults.Keys(m.keys)
-	cfg.Keys = keys
+	if cfg.Keys == nil {
+		cfg.Keys = keys
+	}
 	if cfg.Creator != nil {
 		cfg.Creator = keys
 	}

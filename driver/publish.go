@@ -29,7 +29,7 @@ func (d *Driver) newPublishing(req *csi.NodePublishVolumeRequest) (*publishing, 
 	if err != nil {
 		return nil, err
 	}
-	want, err := readCapability(req.GetVolumeCapability())
+	want, _, err := d.readCapability(req.GetVolumeCapability())
 	if err != nil {
 		return nil, err
 	}

@@ -53,23 +53,27 @@ func (d *Driver) newStaging(req *csi.NodeStageVolumeRequest) (*staging, error) {
 	if err != nil {
 		return nil, err
 	}
-	want, err := readCapability(req.GetVolumeCapability())
+	want, integrity, err := d.readCapability(req.GetVolumeCapability())
 	if err != nil {
 		return nil, err
 	}
 	want.StagingPath = path
 	want.HandedOver = d.cfg.StageWith == StageWithWrapped && want.AccessType == accessMount
 	s := &staging{Driver: d, req: req, v: v, want: want}
-	if s.integrity, err = d.askedIntegrity(req.GetVolumeContext()); err != nil {
+	if s.v.dek, err = d.askedDEK(v, req.GetVolumeContext()); err != nil {
+		return nil, err
+	}
+	if s.integrity, err = d.askedIntegrity(integrity, req.GetVolumeContext()); err != nil {
 		return nil, err
 	}
 	return s, s.checkSharing(s.integrity)
 }
 
-// readCapability translates a capability. Its errors are ErrInvalid.
-func readCapability(c *csi.VolumeCapability) (intent, error) {
-	invalid := func(format string, args ...any) (intent, error) {
-		return intent{}, errdefs.Errorf(errdefs.ErrInvalid, format, args...)
+// readCapability translates a capability, and tells whether its filesystem asks
+// for integrity. Its errors are ErrInvalid.
+func (d *Driver) readCapability(c *csi.VolumeCapability) (i intent, integrity bool, err error) {
+	invalid := func(format string, args ...any) (intent, bool, error) {
+		return intent{}, false, errdefs.Errorf(errdefs.ErrInvalid, format, args...)
 	}
 	if c == nil {
 		return invalid("the volume capability is missing")
@@ -78,14 +82,14 @@ func readCapability(c *csi.VolumeCapability) (intent, error) {
 	if mode == csi.VolumeCapability_AccessMode_UNKNOWN {
 		return invalid("the access mode is missing")
 	}
-	i := intent{AccessMode: mode.String()}
+	i.AccessMode = mode.String()
 	i.ReadOnly = mode == csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY || mode == csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
 	switch {
 	case c.GetBlock() != nil:
 		i.AccessType = accessBlock
 	case c.GetMount() != nil:
 		i.AccessType = accessMount
-		i.FSType = c.GetMount().GetFsType()
+		i.FSType, integrity = d.fsType(c.GetMount().GetFsType())
 		i.MountFlags = c.GetMount().GetMountFlags()
 		i.ReadOnly = i.ReadOnly || slices.Contains(i.MountFlags, "ro")
 		if i.FSType != "" && !slices.Contains(FSTypes(), i.FSType) {
@@ -94,15 +98,19 @@ func readCapability(c *csi.VolumeCapability) (intent, error) {
 	default:
 		return invalid("the access type is missing: block or mount")
 	}
-	return i, nil
+	return i, integrity, nil
 }
 
-// askedIntegrity reads our entries of a volume context.
-func (d *Driver) askedIntegrity(volumeContext map[string]string) (dek.Integrity, error) {
+// askedIntegrity reads our entries of a volume context; byType says that the
+// filesystem's name asks for integrity already.
+func (d *Driver) askedIntegrity(byType bool, volumeContext map[string]string) (dek.Integrity, error) {
 	invalid := func(format string, args ...any) (dek.Integrity, error) {
 		return "", errdefs.Errorf(errdefs.ErrInvalid, format, args...)
 	}
 	asked := dek.IntegrityNone
+	if byType {
+		asked = dek.IntegrityHMAC
+	}
 	for key, value := range ownEntries(volumeContext) {
 		switch {
 		case key == keyIntegrity && value == string(dek.IntegrityHMAC):
@@ -112,6 +120,7 @@ func (d *Driver) askedIntegrity(volumeContext map[string]string) (dek.Integrity,
 		case key == keyEncrypted && value == "1":
 		case key == keyEncrypted:
 			return invalid("%s: %q: a volume cannot ask for less than the node's policy", key, value)
+		case key == keyDEKID: // see askedDEK
 		default:
 			return invalid("%s is not known to this version; it may ask for protection that would not be given", key)
 		}
@@ -268,6 +277,9 @@ func (s *staging) takeDevice(ctx context.Context) error {
 // fetchKey gets the DEK and checks what its record says against what this node
 // and this volume demand.
 func (s *staging) fetchKey(ctx context.Context) error {
+	if err := s.nameKey(ctx); err != nil {
+		return err
+	}
 	key, err := s.cfg.Keys.GetDEK(ctx, s.v.dek)
 	if errors.Is(err, errdefs.ErrNotFound) && s.cfg.Creator != nil {
 		spec := s.cfg.Spec
@@ -280,10 +292,13 @@ func (s *staging) fetchKey(ctx context.Context) error {
 		return err
 	}
 	s.key = key
-	if s.integrity != dek.IntegrityNone && key.Spec.Integrity == dek.IntegrityNone {
+	if err := s.asMade(&s.key, s.integrity); err != nil {
+		return err
+	}
+	if s.integrity != dek.IntegrityNone && s.key.Spec.Integrity == dek.IntegrityNone {
 		return errdefs.Errorf(errdefs.ErrState, "volume %s has no integrity, but the node's policy or the volume itself demands it: copy the data to a new volume that has it", s.v.id)
 	}
-	if err := s.checkSharing(key.Spec.Integrity); err != nil {
+	if err := s.checkSharing(s.key.Spec.Integrity); err != nil {
 		return err
 	}
 	if key.State != dek.Prepared || s.want.ReadOnly {
@@ -312,6 +327,9 @@ func (s *staging) open(ctx context.Context) error {
 		return err
 	}
 	s.log.InfoContext(ctx, "opened", "volume_id", s.v.id, "dek_id", s.v.dek, "device", s.dev.Number, "mapping", m.Name, "made", m.Made)
+	if s.cfg.Constellation != nil {
+		s.log.WarnContext(ctx, "this volume is as Constellation made it: the host can change what its header says and swap it for another; re-key it with csi-plugin rekey", "volume_id", s.v.id, "dek_id", s.v.dek)
+	}
 	switch {
 	case m.Backing != s.dev.Number:
 		return errdefs.Errorf(errdefs.ErrState, "mapping %s is on device %s, volume %s is device %s", m.Name, m.Backing, s.v.id, s.dev.Number)

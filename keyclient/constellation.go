@@ -25,7 +25,8 @@ func constellationCan(method string, id dek.ID) error {
 
 // getDataKey gets the key of the LUKS header whose UUID id is. The volume
 // counts as formatted, with that header: there is no record that could say
-// anything else.
+// anything else. Nor could it say whether the volume has integrity: the caller
+// knows, or does not.
 func getDataKey(ctx context.Context, conn *connection, id dek.ID) (dek.DEK, error) {
 	a, err := conn.constellation.GetDataKey(ctx, &constellationv1.GetDataKeyRequest{DataKeyId: string(id), Length: dek.Size})
 	if err != nil {
@@ -37,6 +38,6 @@ func getDataKey(ctx context.Context, conn *connection, id dek.ID) (dek.DEK, erro
 		return dek.DEK{}, corrupt("a key of %d bytes, and %d were asked for", key.Len(), dek.Size)
 	}
 	return dek.DEK{
-		ID: id, State: dek.Formatted, Spec: dek.Spec{Cipher: dek.CipherXTS}, Header: dek.HeaderID{UUID: string(id)}, Key: key,
+		ID: id, State: dek.Formatted, Spec: dek.Spec{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation}, Header: dek.HeaderID{UUID: string(id)}, Key: key,
 	}, nil
 }

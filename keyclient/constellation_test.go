@@ -57,7 +57,7 @@ func TestConstellation(t *testing.T) {
 			key := d.Key
 			defer key.Wipe()
 			d.Key = dek.DEK{}.Key
-			if want := (dek.DEK{ID: uuid, State: dek.Formatted, Spec: dek.Spec{Cipher: dek.CipherXTS}, Header: dek.HeaderID{UUID: uuid}}); d != want {
+			if want := (dek.DEK{ID: uuid, State: dek.Formatted, Spec: dek.Spec{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation}, Header: dek.HeaderID{UUID: uuid}}); d != want {
 				t.Errorf("GetDEK = %+v, want %+v", d, want)
 			}
 			constellationRefuses(t, c)

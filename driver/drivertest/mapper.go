@@ -232,6 +232,9 @@ func (m Mapper) update(ctx context.Context, v driver.Volume, d dek.DEK, do func(
 	if err := do(t, &h); err != nil {
 		return driver.Mapping{}, err
 	}
+	if h.Spec.Layout == dek.LayoutConstellation { // not ours to write
+		h.Sequence = before.Sequence
+	}
 	if h.id() != before {
 		disk.writeHeader(h, d)
 	}
