@@ -57,7 +57,10 @@ type Options struct {
 	Observe func(op Op, name string, err error)
 }
 
-// Mapper opens and closes crypt devices. Methods are safe for concurrent use.
+// Mapper opens and closes crypt devices. A DEK whose spec has the layout
+// dek.LayoutConstellation, always Formatted, opens a volume that Constellation
+// made as it is: it counts as made, is never formatted, and nothing of its
+// header is ever written; Resize grows the mapping alone. Methods are safe for concurrent use.
 // A second operation on a name while one runs, or while the worker of one that
 // was given up has still not died, is ErrConflict; other names are not delayed.
 // Every operation converges when called again after a crash or a cancelled
@@ -90,35 +93,54 @@ func (m *Mapper) Shutdown() { m.pool.close() }
 // volume that is not initialised before ctx's deadline is ErrUnavailable with
 // a percentage, and the next call goes on from there.
 func (m *Mapper) Open(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
-	r, err := m.run(ctx, request(OpOpen, v, d), d.Key)
+	r, err := m.run(ctx, request(OpOpen, v, d), Keys{DEK: d.Key})
 	return r.Mapping, err
 }
 
 // MarkMade flushes the open mapping v and then notes in its header that the
 // volume is finished: from then on it is never formatted again.
 func (m *Mapper) MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
-	r, err := m.run(ctx, request(OpMarkMade, v, d), d.Key)
+	r, err := m.run(ctx, request(OpMarkMade, v, d), Keys{DEK: d.Key})
 	return r.Mapping, err
 }
 
 // Resize grows the open mapping v to what its device now has; nothing happens
 // where it has that size. ErrInvalid for volumes with integrity.
 func (m *Mapper) Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
-	r, err := m.run(ctx, request(OpResize, v, d), d.Key)
+	r, err := m.run(ctx, request(OpResize, v, d), Keys{DEK: d.Key})
 	return r.Mapping, err
 }
 
 // Close removes the mapping and its layers: nil where there is none,
 // ErrUnavailable while something holds it open. It reads no disk.
 func (m *Mapper) Close(ctx context.Context, name string) error {
-	_, err := m.run(ctx, Request{Op: OpClose, Volume: Volume{Name: name}}, secret.Bytes{})
+	_, err := m.run(ctx, Request{Op: OpClose, Volume: Volume{Name: name}}, Keys{})
 	return err
 }
 
+// Rekey gives a volume that Constellation made, whose LUKS UUID is from and
+// whose key is old, to the DEK d: a new header of ours, with the UUID that
+// d.Claim names and the same volume key. The volume must not be open.
+//
+// It is called twice. With d Prepared it makes the header, checks it, and puts
+// it aside within the header area; the volume still opens as before. It returns
+// what ConfirmDEK is to be told. With d Formatted, so that nobody may format
+// the device any more, the header put aside takes its place, the old key
+// material is overwritten, and what was put aside is wiped; old is not needed.
+// Cut anywhere, the same call again finishes it; after that it does nothing.
+// ErrState where neither header on the device is the one to expect.
+func (m *Mapper) Rekey(ctx context.Context, v Volume, d dek.DEK, from dek.ID, old secret.Bytes) (dek.HeaderID, error) {
+	req := request(OpRekey, v, d)
+	req.From = from
+	r, err := m.run(ctx, req, Keys{DEK: d.Key, Old: old})
+	return r.Mapping.Header, err
+}
+
 // Peek returns the metadata copies on a device as they stand there, for
-// showing: nothing in them is checked against a key.
+// showing: nothing in them is checked against a key. Of a header that is not
+// ours it returns the UUIDs alone.
 func (m *Mapper) Peek(ctx context.Context, device string) ([]HeaderCopy, error) {
-	r, err := m.run(ctx, Request{Op: OpPeek, Volume: Volume{Device: device}}, secret.Bytes{})
+	r, err := m.run(ctx, Request{Op: OpPeek, Volume: Volume{Device: device}}, Keys{})
 	return r.Copies, err
 }
 
@@ -133,14 +155,14 @@ func request(op Op, v Volume, d dek.DEK) Request {
 // run does one operation in a worker, under the volume's lock. The lock is let
 // go when the worker has answered or is gone, which for one that hangs in the
 // kernel may be long after run has returned.
-func (m *Mapper) run(ctx context.Context, req Request, key secret.Bytes) (Reply, error) {
+func (m *Mapper) run(ctx context.Context, req Request, keys Keys) (Reply, error) {
 	name := req.Volume.Name
 	if !m.lock(name) {
 		return Reply{}, errdefs.Errorf(errdefs.ErrConflict, "another operation on mapping %s has not ended", name)
 	}
 	req.LockDir = m.opts.LockDir
 	req.Deadline, _ = ctx.Deadline()
-	reply, err := m.pool.do(ctx, req, key, func() { m.unlock(name) })
+	reply, err := m.pool.do(ctx, req, keys, func() { m.unlock(name) })
 	if err == nil {
 		err = reply.Err()
 	}

@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
-	"github.com/cryptcsi/cryptcsi/secret"
 )
 
 // workerProcess is a crypt-worker that waits for its one request.
@@ -93,14 +92,14 @@ func (p *pool) get() (w *workerProcess, done func(), err error) {
 
 // do does one operation in a worker and calls gone when no worker is at it any
 // more. A worker that was gone before it had read the request is replaced once.
-func (p *pool) do(ctx context.Context, req Request, key secret.Bytes, gone func()) (reply Reply, err error) {
+func (p *pool) do(ctx context.Context, req Request, keys Keys, gone func()) (reply Reply, err error) {
 	for range 2 {
 		w, done, startErr := p.get()
 		if startErr != nil {
 			gone()
 			return Reply{}, errdefs.Errorf(errdefs.ErrUnavailable, "starting a crypt-worker: %w", startErr)
 		}
-		reply, err = w.do(ctx, req, key, gone)
+		reply, err = w.do(ctx, req, keys, gone)
 		done()
 		if !errors.Is(err, errUnread) {
 			return reply, err
@@ -186,7 +185,7 @@ var errUnread = errors.New("it was gone before it had read the request")
 // do hands the request over and waits for the answer, or for ctx, in which case
 // the worker is killed. gone is called when it has answered or has ended, but
 // not with errUnread.
-func (w *workerProcess) do(ctx context.Context, req Request, key secret.Bytes, gone func()) (Reply, error) {
+func (w *workerProcess) do(ctx context.Context, req Request, keys Keys, gone func()) (Reply, error) {
 	defer func() { _ = w.conn.Close() }()
 	stop := context.AfterFunc(ctx, func() {
 		_ = w.cmd.Process.Kill()
@@ -194,7 +193,7 @@ func (w *workerProcess) do(ctx context.Context, req Request, key secret.Bytes, g
 	})
 	defer stop()
 
-	err := WriteRequest(w.conn, req, key)
+	err := WriteRequest(w.conn, req, keys)
 	if err != nil && ctx.Err() == nil {
 		_ = w.cmd.Process.Kill()
 		<-w.exited // it has closed its socket: it is on its way out, or killed while it waited

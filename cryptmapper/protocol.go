@@ -15,7 +15,7 @@ import (
 
 // The protocol between this package and a crypt-worker, over an inherited
 // socket pair (WorkerFD in the worker): one request (a frame of JSON, then the
-// DEK as a raw frame), one answer (a frame of JSON), end. A frame is a length
+// DEK and for Rekey the old key as raw frames), one answer (a frame of JSON), end. A frame is a length
 // of 4 bytes, big endian, and that many bytes. Both ends come from one build,
 // so there is no version.
 
@@ -35,9 +35,10 @@ const (
 	OpResize   Op = "resize"
 	OpClose    Op = "close"
 	OpPeek     Op = "peek"
+	OpRekey    Op = "rekey"
 )
 
-// Request is what a worker is told. The DEK follows apart and is never JSON.
+// Request is what a worker is told. Keys follow apart and are never JSON.
 type Request struct {
 	Op       Op
 	Volume   Volume
@@ -48,6 +49,19 @@ type Request struct {
 	Spec     dek.Spec
 	Claim    dek.Claim
 	Header   dek.HeaderID // the floor
+	From     dek.ID       // Rekey: what the old key is the key of
+}
+
+// Keys are the keys of a request. Who made them wipes them.
+type Keys struct {
+	DEK secret.Bytes
+	Old secret.Bytes // Rekey alone
+}
+
+// Wipe wipes both.
+func (k Keys) Wipe() {
+	k.DEK.Wipe()
+	k.Old.Wipe()
 }
 
 // Reply is what a worker answers.
@@ -100,27 +114,36 @@ func (r *Reply) Err() error {
 	return errors.New(r.Error)
 }
 
-// WriteRequest sends a request and its DEK.
-func WriteRequest(w io.Writer, r Request, key secret.Bytes) error {
+// WriteRequest sends a request and its keys.
+func WriteRequest(w io.Writer, r Request, keys Keys) error {
 	if err := writeJSON(w, r); err != nil {
 		return err
 	}
-	return writeFrame(w, key.Expose())
+	if err := writeFrame(w, keys.DEK.Expose()); err != nil {
+		return err
+	}
+	return writeFrame(w, keys.Old.Expose())
 }
 
-// ReadRequest reads a request; the key goes straight into locked memory. io.EOF
+// ReadRequest reads a request; keys go straight into locked memory. io.EOF
 // means that nothing was asked: the serving process is gone or needs no worker.
-func ReadRequest(r io.Reader) (Request, secret.Bytes, error) {
+func ReadRequest(r io.Reader) (Request, Keys, error) {
 	var req Request
+	var keys Keys
 	if err := readJSON(r, &req); err != nil {
-		return req, secret.Bytes{}, err
+		return req, keys, err
 	}
-	n, err := readLength(r)
-	if err != nil {
-		return req, secret.Bytes{}, err
+	for _, key := range []*secret.Bytes{&keys.DEK, &keys.Old} {
+		n, err := readLength(r)
+		if err == nil {
+			*key, err = secret.Read(r, n)
+		}
+		if err != nil {
+			keys.Wipe()
+			return req, Keys{}, err
+		}
 	}
-	key, err := secret.Read(r, n)
-	return req, key, err
+	return req, keys, nil
 }
 
 // WriteReply sends the answer.

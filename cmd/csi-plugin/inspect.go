@@ -80,6 +80,9 @@ func headerState(ctx context.Context, m *cryptmapper.Mapper, i driver.MappingInf
 		return "none: damaged or foreign"
 	}
 	c := copies[0]
+	if c.DEKID == "" {
+		return "not made by cryptcsi: LUKS UUID " + c.UUID
+	}
 	words := []string{fmt.Sprintf("%d of 2 copies", len(copies)), fmt.Sprintf("sequence %d", c.Sequence)}
 	if len(copies) == 2 && copies[0] != copies[1] {
 		words[0] = "copies differ"

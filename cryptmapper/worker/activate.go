@@ -191,7 +191,7 @@ func (o *operation) openedHeader(l *lock, dev *device) (*luks2.Header, error) {
 	if err := resumeAll(o.Volume.Name); err != nil {
 		return nil, err
 	}
-	found, err := luks2.Read(dev.file, o.want(dev), o.key)
+	found, err := o.read(dev)
 	if err != nil {
 		return nil, err
 	}

@@ -77,7 +77,7 @@ func (d *device) path() string { return fmt.Sprintf("/proc/self/fd/%d", d.file.F
 func (d *device) exclusive() error {
 	fd, err := unix.Open(d.path(), unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return errdefs.Errorf(errdefs.ErrState, "device %s is in use by something else and will not be formatted: %w", d.number, err)
+		return errdefs.Errorf(errdefs.ErrState, "device %s is in use by something else and will not be touched: %w", d.number, err)
 	}
 	return unix.Close(fd)
 }

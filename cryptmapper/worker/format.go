@@ -28,9 +28,10 @@ const (
 // minimumSize of a device: the header area and room for something.
 const minimumSize = luks2.DataOffset + 4<<20
 
-// sectorSize is 4096 where the device allows it, else 512.
+// sectorSize is 4096 where the device allows it, else 512. Constellation's
+// volumes have 4096.
 func (o *operation) sectorSize(dev *device) int {
-	if dev.sector <= 4096 && dev.size%4096 == 0 {
+	if o.constellation() || dev.sector <= 4096 && dev.size%4096 == 0 {
 		return 4096
 	}
 	return 512
@@ -81,8 +82,12 @@ func (o *operation) format(dev *device) (*luks2.Header, error) {
 	return h, h.Write(dev.file, o.step)
 }
 
-// update writes the header with a changed token to the device.
+// update writes the header with a changed token to the device. A header that
+// Constellation made has no token and is not ours to write.
 func (o *operation) update(dev *device, h *luks2.Header, change func(*luks2.Token)) (*luks2.Header, error) {
+	if o.constellation() {
+		return h, nil
+	}
 	t := h.Token
 	change(&t)
 	next, err := h.With(t, o.key)

@@ -5,18 +5,25 @@ package worker
 #include <libcryptsetup.h>
 #include <stdlib.h>
 
+// PBKDF2 with the minimum of iterations: the passphrase is 256 random bits, a
+// slow KDF would only cost time and memory.
+static const struct crypt_pbkdf_type cc_pbkdf = {
+	.type = CRYPT_KDF_PBKDF2, .hash = "sha256", .iterations = 1000,
+	.flags = CRYPT_PBKDF_NO_BENCHMARK,
+};
+
+static int cc_set_pbkdf(struct crypt_device *cd)
+{
+	return crypt_set_pbkdf_type(cd, &cc_pbkdf);
+}
+
 // Fills the nested parameter structures here, where no rule about Go pointers
-// inside C structures applies. PBKDF2 with the minimum of iterations: the
-// passphrase is 256 random bits, a slow KDF would only cost time and memory.
+// inside C structures applies.
 static int cc_format(struct crypt_device *cd, const char *uuid, const char *data_device,
 		     const char *integrity, uint32_t sector_size, size_t key_size, uint64_t data_offset)
 {
-	const struct crypt_pbkdf_type pbkdf = {
-		.type = CRYPT_KDF_PBKDF2, .hash = "sha256", .iterations = 1000,
-		.flags = CRYPT_PBKDF_NO_BENCHMARK,
-	};
 	struct crypt_params_luks2 params = {
-		.pbkdf = &pbkdf, .integrity = integrity, .data_device = data_device, .sector_size = sector_size,
+		.pbkdf = &cc_pbkdf, .integrity = integrity, .data_device = data_device, .sector_size = sector_size,
 	};
 	int r = crypt_set_data_offset(cd, data_offset);
 	if (r < 0)
@@ -180,6 +187,33 @@ func (d *luks) volumeKey(key secret.Bytes) (secret.Bytes, error) {
 		return secret.Bytes{}, err
 	}
 	return vk, nil
+}
+
+// replaceKey makes the loaded header another one, in its file: with that UUID,
+// and with the volume key in keyslot 0 under key instead of old.
+func (d *luks) replaceKey(uuid string, old, key secret.Bytes) error {
+	vk, err := d.volumeKey(old)
+	if err != nil {
+		return err
+	}
+	defer vk.Wipe()
+	if err := d.check("crypt_keyslot_destroy", C.crypt_keyslot_destroy(d.cd, 0)); err != nil {
+		return err
+	}
+	if err := d.check("crypt_set_pbkdf_type", C.cc_set_pbkdf(d.cd)); err != nil {
+		return err
+	}
+	v, nv := passphrase(vk)
+	p, n := passphrase(key)
+	r := C.crypt_keyslot_add_by_volume_key(d.cd, 0, v, nv, p, n)
+	runtime.KeepAlive(vk)
+	runtime.KeepAlive(key)
+	if err := d.check("crypt_keyslot_add_by_volume_key", r); err != nil {
+		return err
+	}
+	c := C.CString(uuid)
+	defer C.free(unsafe.Pointer(c))
+	return d.check("crypt_set_uuid", C.crypt_set_uuid(d.cd, c))
 }
 
 func passphrase(key secret.Bytes) (*C.char, C.size_t) {

@@ -60,7 +60,7 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 		}
 		up = false
 	}
-	if o.Spec.Integrity != dek.IntegrityNone && !initialised(h) {
+	if !o.initialised(h) {
 		if h, err = o.initialise(l, dev, h); err != nil {
 			return nil, err
 		}
@@ -82,7 +82,7 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 // header returns the header to open the device with: the one on it if it
 // verifies, else a new one where the rules allow to format.
 func (o *operation) header(dev *device) (*luks2.Header, error) {
-	found, err := luks2.Read(dev.file, o.want(dev), o.key)
+	found, err := o.read(dev)
 	if err != nil {
 		return nil, err
 	}
@@ -96,7 +96,7 @@ func (o *operation) header(dev *device) (*luks2.Header, error) {
 	if err := o.acceptable(dev, h); err != nil {
 		return nil, err
 	}
-	if !found.Whole && !o.Volume.ReadOnly {
+	if !found.Whole && !o.Volume.ReadOnly && !o.constellation() {
 		if err := h.WriteCopies(dev.file, o.step); err != nil {
 			return nil, err
 		}
@@ -157,9 +157,11 @@ func (o *operation) mayFormat(dev *device, found luks2.Found) error {
 	return dev.probe()
 }
 
-// initialised tells whether every sector of an integrity volume has its tag.
-func initialised(h *luks2.Header) bool {
-	return h.Token.Integrity != nil && h.Token.Initialised == h.Token.Size
+// initialised tells whether every sector of an integrity volume has its tag. Of
+// a volume that Constellation made it has: it is initialised when it is formatted.
+func (o *operation) initialised(h *luks2.Header) bool {
+	return o.Spec.Integrity == dek.IntegrityNone || o.constellation() ||
+		h.Token.Integrity != nil && h.Token.Initialised == h.Token.Size
 }
 
 // wipeEnds zeroes the first and last MiB of the mapping: no old signature can
@@ -223,7 +225,7 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 	want := cryptmapper.CryptTable{Cipher: o.Spec.Cipher, Device: dev.number, Offset: luks2.DataOffset / 512}
 	keySize := 64
 	if o.Spec.Integrity != dek.IntegrityNone {
-		if s.Integrity == nil || t.Integrity == nil {
+		if s.Integrity == nil || t.Integrity == nil && !o.constellation() {
 			return errdefs.Errorf(errdefs.ErrState, "mapping %s has no integrity layer, its record asks for one", o.Volume.Name)
 		}
 		want = cryptmapper.CryptTable{Cipher: integrityCipher, Device: s.Integrity.Info.Number, Options: []string{integrityOption}}
@@ -231,8 +233,12 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 		differ("integrity device", s.Integrity.Device, dev.number)
 		differ("integrity offset", s.Integrity.Offset, int64(luks2.DataOffset/512))
 		differ("integrity mode", s.Integrity.Mode, "J")
-		differ("integrity geometry", geometry(s.Integrity), *t.Integrity)
-		differ("size", s.Crypt.Length, t.Integrity.Sectors)
+		if o.constellation() {
+			differ("integrity geometry possible", possible(s.Integrity, dev.size), true)
+		} else {
+			differ("integrity geometry", geometry(s.Integrity), *t.Integrity)
+		}
+		differ("size", s.Crypt.Length, s.Integrity.Provided)
 	} else {
 		differ("integrity layer", s.Integrity != nil, false)
 		differ("size at least", s.Crypt.Length*512 >= t.Size, true)

@@ -34,21 +34,21 @@ func Serve(conn *os.File, step func(string)) error {
 	if !pending(conn) {
 		warmUp(l)
 	}
-	req, key, err := cryptmapper.ReadRequest(conn)
+	req, keys, err := cryptmapper.ReadRequest(conn)
 	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("reading the request: %w", err)
 	}
-	defer key.Wipe()
+	defer keys.Wipe()
 	*l = log{}
 	go exitWhenClosed(conn)
 	if step == nil {
 		step = func(string) {}
 	}
 	var reply cryptmapper.Reply
-	o := &operation{Request: req, key: key, step: step, log: l}
+	o := &operation{Request: req, key: keys.DEK, old: keys.Old, step: step, log: l}
 	if err := o.run(&reply); err != nil {
 		reply.SetError(err)
 	}
@@ -65,6 +65,7 @@ func exitWhenClosed(conn io.Reader) {
 type operation struct {
 	cryptmapper.Request
 	key  secret.Bytes
+	old  secret.Bytes // Rekey alone
 	step func(string)
 	log  *log
 }
@@ -91,6 +92,8 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 		reply.Mapping, err = o.markMade(l)
 	case cryptmapper.OpResize:
 		reply.Mapping, err = o.resize(l)
+	case cryptmapper.OpRekey:
+		reply.Mapping.Header, err = o.rekey()
 	default:
 		err = errdefs.Errorf(errdefs.ErrInvalid, "operation %q is not known", o.Op)
 	}
@@ -110,8 +113,13 @@ func (o *operation) validate() error {
 	if o.Op == cryptmapper.OpClose {
 		return nil
 	}
-	if err := o.Spec.Validate(); err != nil {
+	if err := o.validSpec(); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "spec of %s: %w", o.ID, err)
+	}
+	if o.Op == cryptmapper.OpRekey {
+		if err := o.validRekey(); err != nil {
+			return err
+		}
 	}
 	if len(o.key.Expose()) != 32 || bytes.Equal(o.key.Expose(), make([]byte, 32)) {
 		return errdefs.Errorf(errdefs.ErrInvalid, "the DEK of %s is not 32 random bytes", o.ID)
@@ -119,7 +127,8 @@ func (o *operation) validate() error {
 	return nil
 }
 
-// peek reads the header copies without checking them against a key.
+// peek reads the header copies without checking them against a key. Of headers
+// that are not ours it tells the UUIDs alone.
 func (o *operation) peek() ([]cryptmapper.HeaderCopy, error) {
 	dev, err := openDevice(o.Volume.Device, false)
 	if err != nil {
@@ -135,7 +144,14 @@ func (o *operation) peek() ([]cryptmapper.HeaderCopy, error) {
 		t := h.Token
 		copies = append(copies, cryptmapper.HeaderCopy{UUID: h.Copy.UUID(), DEKID: t.DEKID, Sequence: t.Sequence, Made: t.Made, Size: t.Size, Initialised: t.Initialised})
 	}
-	return copies, nil
+	if len(copies) > 0 {
+		return copies, nil
+	}
+	theirs, err := luks2.ReadConstellation(dev.file, luks2.Want{})
+	for _, uuid := range theirs.UUIDs {
+		copies = append(copies, cryptmapper.HeaderCopy{UUID: uuid})
+	}
+	return copies, err
 }
 
 // classify gives a libcryptsetup error the class that its number stands for.
