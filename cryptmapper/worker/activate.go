@@ -233,6 +233,9 @@ func (o *operation) clearRemains(dev *device) error {
 	if err := removeTemporary(dev.number); err != nil {
 		return err
 	}
+	if err := o.removeTrials(dev.number); err != nil {
+		return err
+	}
 	name := o.Volume.Name
 	if err := resumeAll(name); err != nil {
 		return err

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
@@ -82,19 +83,44 @@ func (o *operation) rekey() (dek.HeaderID, error) {
 	return h.ID(), nil
 }
 
-// trialName is the mapping that a volume is tried as.
-func (o *operation) trialName() string { return o.Volume.Name + "-trial" }
+// trialPrefix begins the names of mappings that volumes are tried as.
+const trialPrefix = cryptmapper.Prefix + "trial-"
 
-// notOpen makes sure that nothing uses the device, and removes what an earlier
-// trial has left.
+func (o *operation) trialName() string {
+	return trialPrefix + strings.TrimPrefix(o.Volume.Name, cryptmapper.Prefix)
+}
+
+// notOpen makes sure that nothing uses the device.
 func (o *operation) notOpen(dev *device) error {
 	if _, err := dm.Status(o.Volume.Name); err == nil {
 		return errdefs.Errorf(errdefs.ErrState, "the volume is open as mapping %s: stop what uses it first", o.Volume.Name)
 	}
-	if err := o.remove(o.trialName()); err != nil {
+	if err := o.removeTrials(dev.number); err != nil {
 		return err
 	}
 	return dev.exclusive()
+}
+
+// removeTrials removes what a killed trial has left on a device: it would keep
+// the volume from being opened in any way.
+func (o *operation) removeTrials(n dm.Number) error {
+	all, err := dm.List()
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	for _, m := range all {
+		if !strings.HasPrefix(m.Name, trialPrefix) {
+			continue
+		}
+		table, err := dm.Table(m.Name)
+		if err != nil || len(table) != 1 || !slices.Contains(strings.Fields(table[0].Params), n.String()) {
+			continue
+		}
+		if err := o.remove(strings.TrimSuffix(m.Name, cryptmapper.IntegrityName(""))); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // prepareRekey makes the new header and puts it aside. Until it returns, and
