@@ -223,7 +223,7 @@ func (o *operation) newHeader(dev *device, old *luks2.Header, token luks2.Token)
 	if err := d.setToken(token.Unsealed()); err != nil {
 		return nil, classify(err, "adding the token")
 	}
-	h, err := luks2.Seal(file, o.key)
+	h, err := luks2.Seal(file, o.want(dev), o.key)
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrState, "sealing the new header: %w", err)
 	}
