@@ -106,7 +106,11 @@ func (o *operation) header(dev *device) (*luks2.Header, error) {
 
 // want is what the header on the device must say.
 func (o *operation) want(dev *device) luks2.Want {
-	return luks2.Want{ID: o.ID, Spec: o.Spec, SectorSize: o.sectorSize(dev)}
+	spec := o.Spec
+	if o.constellation() {
+		spec.Layout = "" // ReadConstellation knows
+	}
+	return luks2.Want{ID: o.ID, Spec: spec, SectorSize: o.sectorSize(dev)}
 }
 
 // acceptable compares a header that verifies with what the record says.
