@@ -28,6 +28,7 @@ var (
 const usage = `csi-plugin encrypts the volumes of another CSI driver.
 
   csi-plugin node      serve CSI on the node, in front of the wrapped driver's node socket
+  csi-plugin rekey     give a volume that Constellation made to a key of its own
   csi-plugin inspect   list the encrypted volumes of this node
   csi-plugin version   print version, commit, libcryptsetup and the KMS that this build knows
   csi-plugin <verb> --help   list the flags of a verb
@@ -53,6 +54,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		err = node(ctx, rest, stderr)
 	case "inspect":
 		err = inspect(ctx, rest, stdout, stderr)
+	case "rekey":
+		err = rekey(ctx, rest, stdout, stderr)
 	case "version":
 		err = printVersion(ctx, rest, stdout, stderr)
 	case "help", "h":

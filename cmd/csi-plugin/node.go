@@ -25,6 +25,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
 	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
+	"github.com/cryptcsi/cryptcsi/keyclient"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
@@ -189,16 +190,20 @@ func dial(endpoint string) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
-func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m driver.Mapper, library string) (*driver.Driver, error) {
+func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m mapper, library string) (*driver.Driver, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	var creator driver.Creator
 	if f.createKeys {
 		creator = keys
 	}
+	var theirs driver.Constellation
+	if f.service.protocol == string(keyclient.ProtocolConstellation) {
+		theirs = m
+	}
 	d, err := driver.New(ctx, driver.Config{
 		DriverName: f.driverName, NodeName: f.nodeName, KubeletDir: f.kubeletDir,
-		Wrapped: conn, Keys: keys, Creator: creator, Mapper: m,
+		Wrapped: conn, Keys: keys, Creator: creator, Mapper: m, Constellation: theirs,
 		StageWith: f.stageWith, Integrity: driver.IntegrityPolicy(f.integrity), Spec: dek.Spec{Cipher: dek.CipherXTS},
 		TolerateUngrown: f.tolerateUngrown,
 		Version:         version,
