@@ -78,18 +78,18 @@ func magicOf(raw []byte) (uuid string, ok bool) {
 // forgery, and is looked at first so that damage is not taken for forgery.
 func parseCopy(raw []byte, offset int64) (*Copy, error) {
 	if err := checkBinary(raw, offset); err != nil {
-		return nil, fmt.Errorf("header at offset %d: %w", offset, err)
+		return nil, err
 	}
 	text, rest, ok := bytes.Cut(raw[binarySize:], []byte{0})
 	if !ok {
-		return nil, fmt.Errorf("header at offset %d: the JSON has no end", offset)
+		return nil, errors.New("the JSON has no end")
 	}
 	if !isZero(rest) {
-		return nil, fmt.Errorf("header at offset %d: there is something behind the JSON's end", offset)
+		return nil, errors.New("there is something behind the JSON's end")
 	}
 	json, err := readJSON(string(text))
 	if err != nil {
-		return nil, fmt.Errorf("header at offset %d: %w", offset, err)
+		return nil, err
 	}
 	return &Copy{raw: raw, json: json}, nil
 }

@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"slices"
-	"sync"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -51,9 +50,7 @@ type Want struct {
 // sequence counts. The error tells of a device that cannot be read; bad
 // content is told by Found.Reason.
 func Read(device io.ReaderAt, want Want, key secret.Bytes) (Found, error) {
-	return read(device, want, func(raw []byte, offset int64, area readArea) (*Header, error) {
-		return verify(raw, offset, want, area, key)
-	})
+	return read(device, want, want.ours, func(h *Header) error { return h.verify(key) })
 }
 
 // ReadConstellation is Read for a volume that Constellation made: it has no
@@ -62,32 +59,24 @@ func Read(device io.ReaderAt, want Want, key secret.Bytes) (Found, error) {
 // zero, and so is its ID's sequence. Of two good copies the one with the higher
 // LUKS2 sequence number counts.
 func ReadConstellation(device io.ReaderAt, want Want) (Found, error) {
-	return read(device, want, func(raw []byte, offset int64, area readArea) (*Header, error) {
-		return checkConstellation(raw, offset, want, area)
-	})
-}
-
-// readArea reads the key material, which both copies list at one place, once.
-type readArea func() ([]byte, error)
-
-func (w Want) readArea(device io.ReaderAt) readArea {
-	return sync.OnceValues(func() ([]byte, error) {
-		area := make([]byte, w.areaSize())
-		if _, err := device.ReadAt(area, areaStart); err != nil {
-			return nil, fmt.Errorf("reading the area of keyslot 0: %w", err)
+	return read(device, want, want.constellation, func(h *Header) error {
+		if uuid := h.Copy.UUID(); uuid != string(want.ID) {
+			return fmt.Errorf("UUID is %q and must be %q", uuid, want.ID)
 		}
-		return area, nil
+		return nil
 	})
 }
 
-func read(device io.ReaderAt, want Want, check func(raw []byte, offset int64, area readArea) (*Header, error)) (Found, error) {
+// read takes of the copies that match the template and that vouch has nothing
+// against the one that counts.
+func read(device io.ReaderAt, want Want, template func(*Header) form, vouch func(*Header) error) (Found, error) {
 	both := make([]byte, 2*CopySize)
-	if _, err := device.ReadAt(both, 0); err != nil {
-		return Found{}, errdefs.Errorf(errdefs.ErrUnavailable, "reading the header area: %w", err)
+	if err := readAt(device, both, 0); err != nil {
+		return Found{}, err
 	}
-	area := want.readArea(device)
 	var f Found
 	var reasons []error
+	var area []byte // both copies list it at one place
 	verified := 0
 	for _, offset := range []int64{0, CopySize} {
 		raw := both[offset : offset+CopySize : offset+CopySize]
@@ -97,9 +86,19 @@ func read(device io.ReaderAt, want Want, check func(raw []byte, offset int64, ar
 			continue
 		}
 		f.UUIDs = append(f.UUIDs, uuid)
-		h, err := check(raw, offset, area)
+		h, err := want.match(raw, offset, template)
+		if err == nil && area == nil {
+			area = make([]byte, want.areaSize())
+			if err := readAt(device, area, areaStart); err != nil {
+				return Found{}, err
+			}
+		}
+		if err == nil {
+			h.area = area
+			err = vouch(h)
+		}
 		if err != nil {
-			reasons = append(reasons, err)
+			reasons = append(reasons, fmt.Errorf("header at offset %d: %w", offset, err))
 			continue
 		}
 		verified++
@@ -114,6 +113,13 @@ func read(device io.ReaderAt, want Want, check func(raw []byte, offset int64, ar
 	f.Whole = verified == 2 && sameCopies(both, f.Header)
 	f.Header.Copy.raw = primary(f.Header.Copy.raw)
 	return f, nil
+}
+
+func readAt(device io.ReaderAt, b []byte, offset int64) error {
+	if _, err := device.ReadAt(b, offset); err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "reading the header area, %d bytes at offset %d: %w", len(b), offset, err)
+	}
+	return nil
 }
 
 // sameCopies tells whether the second copy is the first. libcryptsetup gives
@@ -150,41 +156,21 @@ func (w Want) match(raw []byte, offset int64, template func(*Header) form) (*Hea
 	}
 	h := &Header{Copy: c, want: w}
 	if err := template(h)("", &c.json); err != nil {
-		return nil, fmt.Errorf("header at offset %d: %w", offset, err)
+		return nil, err
 	}
 	return h, nil
 }
 
-// checkConstellation checks one copy of a header that Constellation made.
-func checkConstellation(raw []byte, offset int64, want Want, area readArea) (*Header, error) {
-	h, err := want.match(raw, offset, want.constellation)
+// verify checks the MAC of a header of ours.
+func (h *Header) verify(key secret.Bytes) error {
+	mac, err := sum(h.Copy.raw, h.Token.MAC, h.area, key)
 	if err != nil {
-		return nil, err
-	}
-	if uuid := h.Copy.UUID(); uuid != string(want.ID) {
-		return nil, fmt.Errorf("header at offset %d: UUID is %q and must be %q", offset, uuid, want.ID)
-	}
-	h.area, err = area()
-	return h, err
-}
-
-// verify checks one copy of a header of ours: form, then MAC.
-func verify(raw []byte, offset int64, want Want, area readArea, key secret.Bytes) (*Header, error) {
-	h, err := want.parse(raw, offset)
-	if err != nil {
-		return nil, err
-	}
-	if h.area, err = area(); err != nil {
-		return nil, err
-	}
-	mac, err := sum(raw, h.Token.MAC, h.area, key)
-	if err != nil {
-		return nil, err
+		return err
 	}
 	if got, err := base64.StdEncoding.DecodeString(h.Token.MAC); err != nil || !hmac.Equal(got, mac) {
-		return nil, fmt.Errorf("header at offset %d does not verify under the DEK of %s", offset, want.ID)
+		return fmt.Errorf("it does not verify under the DEK of %s", h.want.ID)
 	}
-	return h, nil
+	return nil
 }
 
 // Seal reads the header that libcryptsetup has written into file, computes its
@@ -192,14 +178,15 @@ func verify(raw []byte, offset int64, want Want, area readArea, key secret.Bytes
 // error: nothing of it is on a device yet. The file is only read.
 func Seal(file io.ReaderAt, want Want, key secret.Bytes) (*Header, error) {
 	raw := make([]byte, CopySize)
-	if _, err := file.ReadAt(raw, 0); err != nil {
-		return nil, fmt.Errorf("reading the new header: %w", err)
+	if err := readAt(file, raw, 0); err != nil {
+		return nil, err
 	}
 	h, err := want.parse(raw, 0)
 	if err != nil {
 		return nil, fmt.Errorf("libcryptsetup wrote another header than expected: %w", err)
 	}
-	if h.area, err = want.readArea(file)(); err != nil {
+	h.area = make([]byte, want.areaSize())
+	if err := readAt(file, h.area, areaStart); err != nil {
 		return nil, err
 	}
 	return h.seal(raw, key)
@@ -253,8 +240,8 @@ func (h *Header) ID() dek.HeaderID {
 // checking them against any key: for showing, never for deciding.
 func Bare(device io.ReaderAt) ([]Header, error) {
 	both := make([]byte, 2*CopySize)
-	if _, err := device.ReadAt(both, 0); err != nil {
-		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "reading the header area: %w", err)
+	if err := readAt(device, both, 0); err != nil {
+		return nil, err
 	}
 	var list []Header
 	for _, offset := range []int64{0, CopySize} {

@@ -18,13 +18,20 @@ import (
 // disk is a device in memory. It can lose everything after n writes.
 type disk struct {
 	data   []byte
-	writes int // -1: no limit
+	writes int   // -1: no limit
+	bad    int64 // from here on nothing can be read; 0: all can
 }
 
 var errCut = errors.New("power cut")
 
-func (d *disk) ReadAt(p []byte, off int64) (int, error) { return copy(p, d.data[off:]), nil }
-func (d *disk) Sync() error                             { return nil }
+func (d *disk) ReadAt(p []byte, off int64) (int, error) {
+	if d.bad != 0 && off >= d.bad {
+		return 0, errCut
+	}
+	return copy(p, d.data[off:]), nil
+}
+
+func (d *disk) Sync() error { return nil }
 
 func (d *disk) WriteAt(p []byte, off int64) (int, error) {
 	if d.writes == 0 {
@@ -97,6 +104,24 @@ func TestOtherKeysAndIDs(t *testing.T) {
 	blank := &disk{data: make([]byte, luks2.DataOffset)}
 	if f := read(t, blank, key); f.Header != nil || len(f.UUIDs) != 0 || f.Reason == nil {
 		t.Errorf("blank: %+v", f)
+	}
+}
+
+// A device that cannot be read is not one with a bad header: where a bad one may
+// be formatted again, this one may not.
+func TestReadErrors(t *testing.T) {
+	for _, f := range all(t) {
+		for _, bad := range []int64{-1, 32768} {
+			d := f.disk(t, newKey(1))
+			d.bad = bad
+			found, err := luks2.ReadConstellation(d, f.want)
+			if f.ours {
+				found, err = luks2.Read(d, f.want, newKey(1))
+			}
+			if !errors.Is(err, errdefs.ErrUnavailable) || !errors.Is(err, errCut) || found.Header != nil {
+				t.Errorf("%s, unreadable from %d: %+v, %v", f.name, bad, found, err)
+			}
+		}
 	}
 }
 

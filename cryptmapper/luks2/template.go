@@ -297,7 +297,7 @@ func (w Want) token(t *Token) form {
 			return differs(path, v, "a DEK ID")
 		}
 		if w.ID != "" && v.text != string(w.ID) {
-			return fmt.Errorf("the header belongs to %q, not to %s", v.text, w.ID)
+			return fmt.Errorf("it belongs to %q, not to %s", v.text, w.ID)
 		}
 		t.DEKID = v.text
 		return nil

@@ -107,7 +107,7 @@ func TestAttacks(t *testing.T) {
 		{"token where none must be", `"tokens":{}`, `"tokens":{"0":{"type":"luks2-keyring","keyslots":["0"],"key_description":"k"}}`, `tokens.0 is there and must not be`},
 		{"no token", `"tokens":{"0":{"type":"cryptcsi"`, `"tokens":{},"x":{"0":{"type":"cryptcsi"`, `tokens is empty: the header was not made by cryptcsi`},
 		{"token of no keyslot", `"keyslots":["0"],"version"`, `"keyslots":[],"version"`, `tokens.0.keyslots has 0 items and must have 1`},
-		{"another volume", `"dek_id":"test.cryptcsi.io/vol-1"`, `"dek_id":"test.cryptcsi.io/vol-2"`, `the header belongs to "test.cryptcsi.io/vol-2", not to test.cryptcsi.io/vol-1`},
+		{"another volume", `"dek_id":"test.cryptcsi.io/vol-1"`, `"dek_id":"test.cryptcsi.io/vol-2"`, `it belongs to "test.cryptcsi.io/vol-2", not to test.cryptcsi.io/vol-1`},
 		{"token of the future", `"version":1`, `"version":2,"new":{}`, `tokens.0.version is the number 2 and must be the number 1`},
 		{"unknown field of the token", `"made":`, `"hydrated":1,"made":`, `tokens.0.hydrated is there and must not be`},
 		{"geometry where there is no integrity", `"size":50565120`, `"size":50565120,"initialised":5`, `tokens.0.initialised is there and must not be`},
@@ -504,7 +504,8 @@ func TestSealRefuses(t *testing.T) {
 	}
 }
 
-// FuzzTemplate: what is accepted has the one content, whatever the text is.
+// FuzzTemplate: what is accepted has the one content, whatever the text is. It
+// leaves out the MAC, which would refuse nearly everything and take the time.
 func FuzzTemplate(f *testing.F) {
 	fixtures := all(f)
 	for i, x := range fixtures {
@@ -512,17 +513,17 @@ func FuzzTemplate(f *testing.F) {
 		f.Add(shuffled(jsonOf(x.head)), uint8(i))
 		f.Add(strings.Replace(jsonOf(x.head), "aes-xts", "cipher_null-ecb", 1), uint8(i))
 	}
-	key := newKey(1)
 	f.Fuzz(func(t *testing.T, text string, which uint8) {
 		x := fixtures[int(which)%len(fixtures)]
 		if len(text) >= 12288 {
 			return
 		}
-		y := x.with(text)
-		if y.read(t, key).Header == nil {
+		raw := bytes.Clone(x.head[:luks2.CopySize])
+		setJSON(raw, text)
+		if _, err := luks2.Match(raw, x.want, x.ours); err != nil {
 			return
 		}
-		if got, want := fixedPart(t, x, y.head), fixedPart(t, x, x.head); !reflect.DeepEqual(got, want) {
+		if got, want := fixedPart(t, x, raw), fixedPart(t, x, x.head); !reflect.DeepEqual(got, want) {
 			t.Errorf("accepted\n%v, not\n%v", got, want)
 		}
 	})
