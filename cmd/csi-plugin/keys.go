@@ -22,6 +22,19 @@ type keys interface {
 	Close() error
 }
 
+// keyFlags say where a verb's DEKs come from: a key service, or KMS and store.
+type keyFlags struct {
+	direct            keyconfig.Flags
+	service           keyServiceFlags
+	create, keepAlive bool
+}
+
+func (f *keyFlags) add(fs *flag.FlagSet) {
+	f.direct.Add(fs)
+	f.service.add(fs)
+	fs.BoolVar(&f.create, "create-keys", false, "let this node create DEKs for volumes without one (no controller proxy: static volumes, demo, tests)")
+}
+
 // keyServiceFlags say how to reach the key service.
 type keyServiceFlags struct {
 	address, ca, cert, key, token, name, protocol string
@@ -37,50 +50,58 @@ func (f *keyServiceFlags) add(fs *flag.FlagSet) {
 	fs.StringVar(&f.token, "key-service-token-file", "", "projected service-account token to show instead of, or besides, a certificate; read again when it changes")
 	fs.StringVar(&f.name, "key-service-name", "", "name in the service's certificate, where that is not the address's host")
 	fs.StringVar(&f.protocol, "key-service-protocol", "", `"constellation" asks Constellation's key service, for volumes that it made`)
-	fs.DurationVar(&f.timeout, "key-service-timeout", 10*time.Second, "how long one attempt of a call may take; there are four")
+	fs.DurationVar(&f.timeout, "key-service-timeout", 10*time.Second, "how long one attempt of a call may take; node makes four")
 	fs.BoolVar(&f.plaintext, "key-service-insecure-plaintext", false, "reach it without TLS over the network")
 }
 
-// checkKeys says whether the flags name one source of keys.
-func (f *nodeFlags) checkKeys() error {
-	kek, store := f.keys.Given()
+// check says whether the flags of that verb name one source of keys.
+func (f *keyFlags) check(verb string) error {
+	kek, store := f.direct.Given()
 	direct := kek || store
 	switch {
 	case f.service.address != "" && direct:
-		return usageError("node: --key-service excludes --kms-uri and --storage-uri")
+		return usageError(verb + ": --key-service excludes --kms-uri and --storage-uri")
 	case f.service.address == "" && !direct:
-		return usageError("node: where keys come from is missing: --key-service, or --kms-uri and --storage-uri")
+		return usageError(verb + ": where keys come from is missing: --key-service, or --kms-uri and --storage-uri")
 	case direct:
-		if err := f.keys.Check(); err != nil {
-			return usageError("node: " + err.Error())
+		if err := f.direct.Check(); err != nil {
+			return usageError(verb + ": " + err.Error())
 		}
 	}
 	return nil
 }
 
-// openKeys opens what the flags name.
-func openKeys(ctx context.Context, f *nodeFlags, log *slog.Logger, m *metrics) (keys, func(), error) {
-	if f.service.address != "" {
-		c, err := keyclient.New(keyclient.Config{
-			Address: f.service.address, CAFile: f.service.ca, CertFile: f.service.cert, KeyFile: f.service.key,
-			TokenFile: f.service.token, ServerName: f.service.name, Protocol: keyclient.Protocol(f.service.protocol),
-			AllowPlaintextOverTheNetwork: f.service.plaintext, Timeout: f.service.timeout, Observe: m.keyCall,
-		})
-		if err != nil {
-			return nil, nil, err
-		}
-		return c, func() { _ = c.Close() }, nil
-	}
-	return openDirect(ctx, f, log, kms.Options{Observe: m.call})
+// keyOptions are what opening keys takes besides its flags. The zero value works.
+type keyOptions struct {
+	attempts  int  // of each call to the key service; 0 is its client's own
+	checkOnly bool // the configuration is tried, nothing is used
+	kms       func(kms.Call)
+	service   func(keyclient.Call)
 }
 
-// openDirect opens KEKs and stores, as one Keyring: direct mode.
-func openDirect(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Options) (_ keys, closeAll func(), err error) {
-	opened, err := f.keys.Open(ctx, o, log)
+// open opens what the flags name; the function closes it.
+func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (keys, func(), error) {
+	if f.service.address == "" {
+		return f.openDirect(ctx, log, o)
+	}
+	c, err := keyclient.New(keyclient.Config{
+		Address: f.service.address, CAFile: f.service.ca, CertFile: f.service.cert, KeyFile: f.service.key,
+		TokenFile: f.service.token, ServerName: f.service.name, Protocol: keyclient.Protocol(f.service.protocol),
+		AllowPlaintextOverTheNetwork: f.service.plaintext, Timeout: f.service.timeout, Attempts: o.attempts, Observe: o.service,
+	})
 	if err != nil {
 		return nil, nil, err
 	}
-	if f.createKeys && !f.file.Check {
+	return c, func() { _ = c.Close() }, nil
+}
+
+// openDirect opens KEKs and stores, as one Keyring: direct mode.
+func (f *keyFlags) openDirect(ctx context.Context, log *slog.Logger, o keyOptions) (_ keys, closeAll func(), err error) {
+	opened, err := f.direct.Open(ctx, kms.Options{Observe: o.kms}, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	if f.create && !o.checkOnly {
 		err = opened.Probe(ctx, log)
 	}
 	var keks []*kms.KEK
@@ -96,7 +117,7 @@ func openDirect(ctx context.Context, f *nodeFlags, log *slog.Logger, o kms.Optio
 	if err != nil {
 		return nil, nil, errors.Join(err, opened.Close())
 	}
-	if f.keepAlive && !f.file.Check {
+	if f.keepAlive && !o.checkOnly {
 		go keyconfig.KeepAlive(ctx, keks, log)
 	}
 	return keyring, func() { _ = errors.Join(keyring.Close(), opened.Close()) }, nil

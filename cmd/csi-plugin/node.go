@@ -23,7 +23,6 @@ import (
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/internal/config"
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
-	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
 	"github.com/cryptcsi/cryptcsi/keyclient"
 	"github.com/cryptcsi/cryptcsi/secret"
@@ -33,12 +32,10 @@ import (
 type nodeFlags struct {
 	log                        logging.Flags
 	file                       config.File
-	keys                       keyconfig.Flags
-	service                    keyServiceFlags
+	keys                       keyFlags
 	endpoint, wrapped          string
 	driverName, nodeName       string
 	kubeletDir                 string
-	createKeys, keepAlive      bool
 	stageWith, integrity       string
 	tolerateUngrown            bool
 	metricsAddress             string
@@ -52,16 +49,14 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs := newFlags("node", stderr)
 	f.log.Add(fs)
 	f.file.Add(fs)
-	f.keys.Add(fs)
-	f.service.add(fs)
+	f.keys.add(fs)
 	hostname, _ := os.Hostname()
 	fs.StringVar(&f.endpoint, "endpoint", cmp.Or(os.Getenv("CSI_ENDPOINT"), "unix:///csi/csi.sock"), "unix socket to serve CSI on; default from $CSI_ENDPOINT")
 	fs.StringVar(&f.wrapped, "wrapped-endpoint", "", "unix socket of the wrapped driver's node server (required)")
 	fs.StringVar(&f.driverName, "driver-name", "", "CSI driver name to serve under; empty takes the wrapped driver's")
 	fs.StringVar(&f.nodeName, "node-name", cmp.Or(os.Getenv("NODE_NAME"), hostname), "name of this node in claims; default from $NODE_NAME, then the host name")
 	fs.StringVar(&f.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's directory, the same path here and for the wrapped driver")
-	fs.BoolVar(&f.createKeys, "create-keys", false, "let this node create DEKs for volumes without one (no controller proxy: static volumes, demo, tests)")
-	fs.BoolVar(&f.keepAlive, "kek-keepalive", false, "label the KEK as in use every 6 h, so that key-service kek list knows that it is")
+	fs.BoolVar(&f.keys.keepAlive, "kek-keepalive", false, "label the KEK as in use every 6 h, so that key-service kek list knows that it is")
 	fs.StringVar(&f.stageWith, "stage-with", driver.StageWithProxy, `who makes and mounts the filesystem: "proxy", or "wrapped" to hand the mapped device over to the wrapped driver`)
 	fs.StringVar(&f.integrity, "integrity", string(driver.IntegrityDefault), `authenticated sectors: "off" refuses volumes that ask for them, "default" does as the volume asks, "required" refuses volumes without`)
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
@@ -81,7 +76,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 
 // check finds what can be found without touching anything.
 func (f *nodeFlags) check() error {
-	if err := f.checkKeys(); err != nil {
+	if err := f.keys.check("node"); err != nil {
 		return err
 	}
 	switch {
@@ -108,7 +103,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return usageError("node: " + err.Error())
 	}
 	if f.file.Check {
-		_, closeKeys, err := openKeys(ctx, f, log, newMetrics("", nil, nil))
+		_, closeKeys, err := f.keys.open(ctx, log, keyOptions{checkOnly: true})
 		if err == nil {
 			closeKeys()
 			fmt.Fprintln(stderr, "the configuration is right")
@@ -120,7 +115,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	log.Info("csi-plugin node starts", "version", version, "commit", commit, "libcryptsetup", library, "kms", strings.Join(schemes(), ","))
-	if err := checkSystem(f, log); err != nil {
+	if err := checkSystem(f.integrity == string(driver.IntegrityRequired), log); err != nil {
 		return err
 	}
 	var m *metrics
@@ -128,7 +123,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
 	defer cm.Shutdown()
 	m = newMetrics(library, cm.List, cm.Stuck)
-	keyring, closeKeys, err := openKeys(ctx, f, log, m)
+	keyring, closeKeys, err := f.keys.open(ctx, log, keyOptions{kms: m.call, service: m.keyCall})
 	if err != nil {
 		return err
 	}
@@ -145,8 +140,9 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	return serve(ctx, f, log, d, conn, m)
 }
 
-// checkSystem finds out at start what would otherwise fail at the first volume.
-func checkSystem(f *nodeFlags, log *slog.Logger) error {
+// checkSystem finds out at start what would otherwise fail at the first volume;
+// integrity says that its absence is an error too.
+func checkSystem(integrity bool, log *slog.Logger) error {
 	if err := secret.Harden(); err != nil {
 		return err
 	}
@@ -157,7 +153,7 @@ func checkSystem(f *nodeFlags, log *slog.Logger) error {
 		return err
 	}
 	if err := dm.NeedTarget("integrity"); err != nil {
-		if f.integrity == string(driver.IntegrityRequired) {
+		if integrity {
 			return err
 		}
 		log.Warn("volumes with integrity cannot be opened on this node", "error", err)
@@ -194,7 +190,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 	ctx, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	var creator driver.Creator
-	if f.createKeys {
+	if f.keys.create {
 		creator = keys
 	}
 	var theirs driver.Constellation
