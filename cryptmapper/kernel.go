@@ -12,8 +12,12 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
-// Prefix starts the name of every mapping of ours.
+// Prefix starts the name of every mapping that the driver makes.
 const Prefix = "cryptcsi-"
+
+// TemporaryPrefix starts the names that libcryptsetup gives to what it needs
+// for a moment.
+const TemporaryPrefix = "temporary-cryptsetup-"
 
 // integritySuffix is what libcryptsetup appends to a mapping's name for the
 // dm-integrity layer below it.

@@ -22,7 +22,7 @@ import (
 
 // Volume tells which device to map under which name.
 type Volume struct {
-	Name     string // of the mapping; starts with Prefix
+	Name     string // of the mapping, see CheckName
 	Device   string // path of the block device's node
 	ReadOnly bool   // nothing can be written through the mapping
 }
@@ -88,7 +88,9 @@ func (m *Mapper) Shutdown() { m.pool.close() }
 // d.Claim names the UUID to format with, and the device is blank or carries the
 // remains of exactly that claim. A device whose header does not verify under d
 // is ErrState, and so is a blank one whose DEK is Formatted. An existing
-// mapping counts only if it is this header on this device. While the returned
+// mapping counts only if it is this header on this device; one that is on
+// another device is replaced if its name starts with Prefix and nobody uses it,
+// else ErrState. While the returned
 // Made is false the first and last MiB of the mapping are zeros. An integrity
 // volume that is not initialised before ctx's deadline is ErrUnavailable with
 // a percentage, and the next call goes on from there.
@@ -112,7 +114,8 @@ func (m *Mapper) Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, erro
 }
 
 // Close removes the mapping and its layers: nil where there is none,
-// ErrUnavailable while something holds it open. It reads no disk.
+// ErrUnavailable while something holds it open, ErrState where libcryptsetup
+// did not make it. It reads no disk.
 func (m *Mapper) Close(ctx context.Context, name string) error {
 	_, err := m.run(ctx, Request{Op: OpClose, Volume: Volume{Name: name}}, Keys{})
 	return err

@@ -299,7 +299,7 @@ func removeTemporary(n dm.Number) error {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 	}
 	for _, m := range all {
-		if !strings.HasPrefix(m.Name, "temporary-cryptsetup-") {
+		if !strings.HasPrefix(m.Name, cryptmapper.TemporaryPrefix) {
 			continue
 		}
 		table, err := dm.Table(m.Name)

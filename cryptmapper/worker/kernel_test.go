@@ -326,7 +326,7 @@ func TestKernelRefusals(t *testing.T) {
 		}, errdefs.ErrState, "does not verify under the DEK"},
 		{"device shrunk", func(t *testing.T, f *fixture) { f.v.Device = smaller(t, f.v.Device, 30*mib) }, errdefs.ErrState, "it was shrunk"},
 		{"no block device", func(t *testing.T, f *fixture) { f.v.Device = "/dev/null" }, errdefs.ErrState, "not a block device"},
-		{"mapping name of somebody else", func(_ *testing.T, f *fixture) { f.v.Name = "root" }, errdefs.ErrInvalid, "must start with"},
+		{"mapping name of device-mapper's own", func(_ *testing.T, f *fixture) { f.v.Name = "control" }, errdefs.ErrInvalid, "uses such names itself"},
 		{"cipher that is not offered", func(_ *testing.T, f *fixture) { f.d.Spec.Cipher = "cipher_null-ecb" }, errdefs.ErrInvalid, "only aes-xts-plain64"},
 		{"integrity asked, none there", func(_ *testing.T, f *fixture) { f.d.Spec.Integrity = dek.IntegrityHMAC }, errdefs.ErrState, "integrity"},
 	} {
@@ -572,6 +572,52 @@ func TestKernelIdentity(t *testing.T) {
 	busy.Close()
 	if got := f.open(t); got.Backing == m.Backing {
 		t.Errorf("the stale mapping on %s was reused", old)
+	}
+}
+
+// TestKernelChosenName: under a name that a person chose nothing of somebody
+// else is resumed, replaced or closed.
+func TestKernelChosenName(t *testing.T) {
+	for _, integrity := range []dek.Integrity{dek.IntegrityNone, dek.IntegrityHMAC} {
+		f := newFixture(t, 40*mib, integrity)
+		f.v.Name = "State_disk.1+" + dek.NewUUID()
+		f.made(t, "x")
+		f.close(t)
+		m := f.open(t)
+		if got := string(readAt(t, m.Path, 0, 1)); m.Path != "/dev/mapper/"+f.v.Name || got != "x" {
+			t.Errorf("%s has %q", m.Path, got)
+		}
+		// The same disk behind another number: whose mapping it is, is not clear.
+		own := f.v.Device
+		f.v.Device = smaller(t, own, 40*mib)
+		if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "close it, or take another name") {
+			t.Errorf("a mapping on another device: %v", err)
+		}
+		if again, err := dm.Status(f.v.Name); err != nil || again.Number.String() != m.Number {
+			t.Errorf("the mapping was touched: %+v, %v", again, err)
+		}
+		f.v.Device = own
+		f.close(t)
+	}
+
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	kernel.Need(t, "exec:dmsetup", "dm-zero")
+	f.v.Name = "somebodys-" + dek.NewUUID()
+	for _, name := range []string{f.v.Name, cryptmapper.IntegrityName(f.v.Name)} {
+		run(t, nil, "dmsetup", "create", name, "--table", "0 8 zero")
+		run(t, nil, "dmsetup", "suspend", name)
+		before := run(t, nil, "dmsetup", "info", "-c", "--noheadings", name)
+		_, open := f.Open(t.Context(), f.v, f.d)
+		for what, err := range map[string]error{"Open": open, "Close": f.Close(t.Context(), f.v.Name)} {
+			if !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "no encrypted device of ours") {
+				t.Errorf("%s over somebody else's %s: %v", what, name, err)
+			}
+		}
+		if after := run(t, nil, "dmsetup", "info", "-c", "--noheadings", name); after != before {
+			t.Errorf("somebody else's mapping was %s, is %s", before, after)
+		}
+		run(t, nil, "dmsetup", "resume", name)
+		run(t, nil, "dmsetup", "remove", name)
 	}
 }
 

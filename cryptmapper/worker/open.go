@@ -204,6 +204,9 @@ func (o *operation) existing(l *lock, dev *device, h *luks2.Header) (bool, error
 		if info.OpenCount > 0 {
 			return false, errdefs.Errorf(errdefs.ErrState, "mapping %s sits on device %s, the volume is now %s, and something still uses the mapping: end its users first", name, s.Bottom(), dev.number)
 		}
+		if !o.drivers() {
+			return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and sits on device %s, which is not %s or was replaced: close it, or take another name", name, s.Bottom(), dev.number)
+		}
 		return false, o.remove(name)
 	case !strings.HasPrefix(info.UUID, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"):
 		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s on device %s was made from another header (%s)", name, dev.number, info.UUID)
@@ -211,6 +214,24 @@ func (o *operation) existing(l *lock, dev *device, h *luks2.Header) (bool, error
 		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and its read-only state differs: unstage the volume first", name)
 	}
 	return true, dm.MakeNode(name, info.Number)
+}
+
+// drivers tells whether the mapping's name is one that only the driver gives.
+func (o *operation) drivers() bool { return strings.HasPrefix(o.Volume.Name, cryptmapper.Prefix) }
+
+// notOthers refuses a mapping that something else than libcryptsetup made: under
+// a name that a person chose any mapping of the system may stand.
+func (o *operation) notOthers() error {
+	if o.drivers() {
+		return nil
+	}
+	for _, name := range []string{o.Volume.Name, cryptmapper.IntegrityName(o.Volume.Name)} {
+		info, err := dm.Status(name)
+		if err == nil && !strings.HasPrefix(info.UUID, "CRYPT-") {
+			return errdefs.Errorf(errdefs.ErrState, "mapping %s exists and is no encrypted device of ours (%q): take another name", name, info.UUID)
+		}
+	}
+	return nil
 }
 
 // verify compares what the kernel maps with what the volume must be.

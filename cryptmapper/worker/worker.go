@@ -83,6 +83,9 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 		return err
 	}
 	defer l.release()
+	if err := o.notOthers(); err != nil {
+		return err
+	}
 	switch o.Op {
 	case cryptmapper.OpClose:
 		return o.close(l)
@@ -101,14 +104,8 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 }
 
 func (o *operation) validate() error {
-	name := o.Volume.Name
-	if len(name) <= len(cryptmapper.Prefix) || len(name) > 100 || name[:len(cryptmapper.Prefix)] != cryptmapper.Prefix {
-		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: must start with %s and have at most 100 bytes", name, cryptmapper.Prefix)
-	}
-	for _, c := range []byte(name) {
-		if c != '-' && (c < '0' || c > '9') && (c < 'a' || c > 'z') {
-			return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: only a-z, 0-9 and - are allowed", name)
-		}
+	if err := cryptmapper.CheckName(o.Volume.Name); err != nil {
+		return err
 	}
 	if o.Op == cryptmapper.OpClose {
 		return nil

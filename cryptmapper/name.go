@@ -1,0 +1,30 @@
+package cryptmapper
+
+import (
+	"strings"
+
+	"github.com/cryptcsi/cryptcsi/errdefs"
+)
+
+// maxName is the longest name of a mapping, in bytes: with the suffix of the
+// layer below it the kernel still takes it.
+const maxName = 100
+
+// CheckName says whether a mapping may be called that: 1 to 100 of the
+// characters that no program has to escape, and no name that device-mapper or
+// libcryptsetup use themselves. ErrInvalid if not. Names that start with Prefix
+// are the driver's, which removes those that it does not know.
+func CheckName(name string) error {
+	other := func(c rune) bool {
+		return !strings.ContainsRune("-_.+", c) && (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z')
+	}
+	switch {
+	case name == "" || len(name) > maxName:
+		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %.100q: must have 1 to %d bytes", name, maxName)
+	case strings.ContainsFunc(name, other) || name[0] == '.' || name[0] == '-':
+		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: only letters, digits and -_.+ are allowed, and neither - nor . at the start", name)
+	case name == "control" || name == Prefix || strings.HasSuffix(name, integritySuffix) || strings.HasPrefix(name, TemporaryPrefix):
+		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: device-mapper or libcryptsetup uses such names itself", name)
+	}
+	return nil
+}
