@@ -791,6 +791,127 @@ func (x *UnsealRequest) GetRecordAuthSecret() []byte {
 	return nil
 }
 
+// RecoverRequest has the fields and limits of UnsealRequest.
+type RecoverRequest struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	KmsUris          []string               `protobuf:"bytes,1,rep,name=kms_uris,json=kmsUris,proto3" json:"kms_uris,omitempty"`
+	StorageUris      []string               `protobuf:"bytes,2,rep,name=storage_uris,json=storageUris,proto3" json:"storage_uris,omitempty"`
+	Files            [][]byte               `protobuf:"bytes,3,rep,name=files,proto3" json:"files,omitempty"`
+	RecordAuthSecret []byte                 `protobuf:"bytes,4,opt,name=record_auth_secret,json=recordAuthSecret,proto3" json:"record_auth_secret,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *RecoverRequest) Reset() {
+	*x = RecoverRequest{}
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverRequest) ProtoMessage() {}
+
+func (x *RecoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverRequest.ProtoReflect.Descriptor instead.
+func (*RecoverRequest) Descriptor() ([]byte, []int) {
+	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RecoverRequest) GetKmsUris() []string {
+	if x != nil {
+		return x.KmsUris
+	}
+	return nil
+}
+
+func (x *RecoverRequest) GetStorageUris() []string {
+	if x != nil {
+		return x.StorageUris
+	}
+	return nil
+}
+
+func (x *RecoverRequest) GetFiles() [][]byte {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *RecoverRequest) GetRecordAuthSecret() []byte {
+	if x != nil {
+		return x.RecordAuthSecret
+	}
+	return nil
+}
+
+type RecoverResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DekId         string                 `protobuf:"bytes,1,opt,name=dek_id,json=dekId,proto3" json:"dek_id,omitempty"` // whose key it was
+	Mapping       string                 `protobuf:"bytes,2,opt,name=mapping,proto3" json:"mapping,omitempty"`          // the name under which the device is open on the node
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoverResponse) Reset() {
+	*x = RecoverResponse{}
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoverResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoverResponse) ProtoMessage() {}
+
+func (x *RecoverResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoverResponse.ProtoReflect.Descriptor instead.
+func (*RecoverResponse) Descriptor() ([]byte, []int) {
+	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RecoverResponse) GetDekId() string {
+	if x != nil {
+		return x.DekId
+	}
+	return ""
+}
+
+func (x *RecoverResponse) GetMapping() string {
+	if x != nil {
+		return x.Mapping
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -799,7 +920,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[14]
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -811,7 +932,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[14]
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -824,7 +945,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
+	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{16}
 }
 
 type StatusResponse struct {
@@ -840,7 +961,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[15]
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +973,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[15]
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +986,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{15}
+	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StatusResponse) GetSealed() bool {
@@ -914,7 +1035,7 @@ type Kek struct {
 
 func (x *Kek) Reset() {
 	*x = Kek{}
-	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[16]
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -926,7 +1047,7 @@ func (x *Kek) String() string {
 func (*Kek) ProtoMessage() {}
 
 func (x *Kek) ProtoReflect() protoreflect.Message {
-	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[16]
+	mi := &file_api_keyservice_v1_keyservice_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -939,7 +1060,7 @@ func (x *Kek) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Kek.ProtoReflect.Descriptor instead.
 func (*Kek) Descriptor() ([]byte, []int) {
-	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{16}
+	return file_api_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Kek) GetName() string {
@@ -1014,7 +1135,15 @@ const file_api_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\bkms_uris\x18\x01 \x03(\tR\akmsUris\x12!\n" +
 	"\fstorage_uris\x18\x02 \x03(\tR\vstorageUris\x12\x14\n" +
 	"\x05files\x18\x03 \x03(\fR\x05files\x12,\n" +
-	"\x12record_auth_secret\x18\x04 \x01(\fR\x10recordAuthSecret\"\x0f\n" +
+	"\x12record_auth_secret\x18\x04 \x01(\fR\x10recordAuthSecret\"\x92\x01\n" +
+	"\x0eRecoverRequest\x12\x19\n" +
+	"\bkms_uris\x18\x01 \x03(\tR\akmsUris\x12!\n" +
+	"\fstorage_uris\x18\x02 \x03(\tR\vstorageUris\x12\x14\n" +
+	"\x05files\x18\x03 \x03(\fR\x05files\x12,\n" +
+	"\x12record_auth_secret\x18\x04 \x01(\fR\x10recordAuthSecret\"B\n" +
+	"\x0fRecoverResponse\x12\x15\n" +
+	"\x06dek_id\x18\x01 \x01(\tR\x05dekId\x12\x18\n" +
+	"\amapping\x18\x02 \x01(\tR\amapping\"\x0f\n" +
 	"\rStatusRequest\"\xb2\x01\n" +
 	"\x0eStatusResponse\x12\x16\n" +
 	"\x06sealed\x18\x01 \x01(\bR\x06sealed\x12\x18\n" +
@@ -1037,7 +1166,9 @@ const file_api_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\tDeleteDEK\x12(.cryptcsi.keyservice.v1.DeleteDEKRequest\x1a).cryptcsi.keyservice.v1.DeleteDEKResponse2\xb9\x01\n" +
 	"\x05Admin\x12W\n" +
 	"\x06Unseal\x12%.cryptcsi.keyservice.v1.UnsealRequest\x1a&.cryptcsi.keyservice.v1.StatusResponse\x12W\n" +
-	"\x06Status\x12%.cryptcsi.keyservice.v1.StatusRequest\x1a&.cryptcsi.keyservice.v1.StatusResponseB=Z;github.com/cryptcsi/cryptcsi/api/keyservice/v1;keyservicev1b\x06proto3"
+	"\x06Status\x12%.cryptcsi.keyservice.v1.StatusRequest\x1a&.cryptcsi.keyservice.v1.StatusResponse2f\n" +
+	"\bRecovery\x12Z\n" +
+	"\aRecover\x12&.cryptcsi.keyservice.v1.RecoverRequest\x1a'.cryptcsi.keyservice.v1.RecoverResponseB=Z;github.com/cryptcsi/cryptcsi/api/keyservice/v1;keyservicev1b\x06proto3"
 
 var (
 	file_api_keyservice_v1_keyservice_proto_rawDescOnce sync.Once
@@ -1051,7 +1182,7 @@ func file_api_keyservice_v1_keyservice_proto_rawDescGZIP() []byte {
 	return file_api_keyservice_v1_keyservice_proto_rawDescData
 }
 
-var file_api_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_api_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_api_keyservice_v1_keyservice_proto_goTypes = []any{
 	(*GetDEKRequest)(nil),      // 0: cryptcsi.keyservice.v1.GetDEKRequest
 	(*CreateDEKRequest)(nil),   // 1: cryptcsi.keyservice.v1.CreateDEKRequest
@@ -1067,9 +1198,11 @@ var file_api_keyservice_v1_keyservice_proto_goTypes = []any{
 	(*Claim)(nil),              // 11: cryptcsi.keyservice.v1.Claim
 	(*Header)(nil),             // 12: cryptcsi.keyservice.v1.Header
 	(*UnsealRequest)(nil),      // 13: cryptcsi.keyservice.v1.UnsealRequest
-	(*StatusRequest)(nil),      // 14: cryptcsi.keyservice.v1.StatusRequest
-	(*StatusResponse)(nil),     // 15: cryptcsi.keyservice.v1.StatusResponse
-	(*Kek)(nil),                // 16: cryptcsi.keyservice.v1.Kek
+	(*RecoverRequest)(nil),     // 14: cryptcsi.keyservice.v1.RecoverRequest
+	(*RecoverResponse)(nil),    // 15: cryptcsi.keyservice.v1.RecoverResponse
+	(*StatusRequest)(nil),      // 16: cryptcsi.keyservice.v1.StatusRequest
+	(*StatusResponse)(nil),     // 17: cryptcsi.keyservice.v1.StatusResponse
+	(*Kek)(nil),                // 18: cryptcsi.keyservice.v1.Kek
 }
 var file_api_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	10, // 0: cryptcsi.keyservice.v1.CreateDEKRequest.spec:type_name -> cryptcsi.keyservice.v1.Spec
@@ -1078,7 +1211,7 @@ var file_api_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	10, // 3: cryptcsi.keyservice.v1.DEK.spec:type_name -> cryptcsi.keyservice.v1.Spec
 	11, // 4: cryptcsi.keyservice.v1.DEK.claim:type_name -> cryptcsi.keyservice.v1.Claim
 	12, // 5: cryptcsi.keyservice.v1.DEK.header:type_name -> cryptcsi.keyservice.v1.Header
-	16, // 6: cryptcsi.keyservice.v1.StatusResponse.keks:type_name -> cryptcsi.keyservice.v1.Kek
+	18, // 6: cryptcsi.keyservice.v1.StatusResponse.keks:type_name -> cryptcsi.keyservice.v1.Kek
 	0,  // 7: cryptcsi.keyservice.v1.KeyService.GetDEK:input_type -> cryptcsi.keyservice.v1.GetDEKRequest
 	1,  // 8: cryptcsi.keyservice.v1.KeyService.CreateDEK:input_type -> cryptcsi.keyservice.v1.CreateDEKRequest
 	2,  // 9: cryptcsi.keyservice.v1.KeyService.ClaimFormat:input_type -> cryptcsi.keyservice.v1.ClaimFormatRequest
@@ -1086,17 +1219,19 @@ var file_api_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	5,  // 11: cryptcsi.keyservice.v1.KeyService.RewrapDEK:input_type -> cryptcsi.keyservice.v1.RewrapDEKRequest
 	7,  // 12: cryptcsi.keyservice.v1.KeyService.DeleteDEK:input_type -> cryptcsi.keyservice.v1.DeleteDEKRequest
 	13, // 13: cryptcsi.keyservice.v1.Admin.Unseal:input_type -> cryptcsi.keyservice.v1.UnsealRequest
-	14, // 14: cryptcsi.keyservice.v1.Admin.Status:input_type -> cryptcsi.keyservice.v1.StatusRequest
-	9,  // 15: cryptcsi.keyservice.v1.KeyService.GetDEK:output_type -> cryptcsi.keyservice.v1.DEK
-	9,  // 16: cryptcsi.keyservice.v1.KeyService.CreateDEK:output_type -> cryptcsi.keyservice.v1.DEK
-	11, // 17: cryptcsi.keyservice.v1.KeyService.ClaimFormat:output_type -> cryptcsi.keyservice.v1.Claim
-	4,  // 18: cryptcsi.keyservice.v1.KeyService.ConfirmDEK:output_type -> cryptcsi.keyservice.v1.ConfirmDEKResponse
-	6,  // 19: cryptcsi.keyservice.v1.KeyService.RewrapDEK:output_type -> cryptcsi.keyservice.v1.RewrapDEKResponse
-	8,  // 20: cryptcsi.keyservice.v1.KeyService.DeleteDEK:output_type -> cryptcsi.keyservice.v1.DeleteDEKResponse
-	15, // 21: cryptcsi.keyservice.v1.Admin.Unseal:output_type -> cryptcsi.keyservice.v1.StatusResponse
-	15, // 22: cryptcsi.keyservice.v1.Admin.Status:output_type -> cryptcsi.keyservice.v1.StatusResponse
-	15, // [15:23] is the sub-list for method output_type
-	7,  // [7:15] is the sub-list for method input_type
+	16, // 14: cryptcsi.keyservice.v1.Admin.Status:input_type -> cryptcsi.keyservice.v1.StatusRequest
+	14, // 15: cryptcsi.keyservice.v1.Recovery.Recover:input_type -> cryptcsi.keyservice.v1.RecoverRequest
+	9,  // 16: cryptcsi.keyservice.v1.KeyService.GetDEK:output_type -> cryptcsi.keyservice.v1.DEK
+	9,  // 17: cryptcsi.keyservice.v1.KeyService.CreateDEK:output_type -> cryptcsi.keyservice.v1.DEK
+	11, // 18: cryptcsi.keyservice.v1.KeyService.ClaimFormat:output_type -> cryptcsi.keyservice.v1.Claim
+	4,  // 19: cryptcsi.keyservice.v1.KeyService.ConfirmDEK:output_type -> cryptcsi.keyservice.v1.ConfirmDEKResponse
+	6,  // 20: cryptcsi.keyservice.v1.KeyService.RewrapDEK:output_type -> cryptcsi.keyservice.v1.RewrapDEKResponse
+	8,  // 21: cryptcsi.keyservice.v1.KeyService.DeleteDEK:output_type -> cryptcsi.keyservice.v1.DeleteDEKResponse
+	17, // 22: cryptcsi.keyservice.v1.Admin.Unseal:output_type -> cryptcsi.keyservice.v1.StatusResponse
+	17, // 23: cryptcsi.keyservice.v1.Admin.Status:output_type -> cryptcsi.keyservice.v1.StatusResponse
+	15, // 24: cryptcsi.keyservice.v1.Recovery.Recover:output_type -> cryptcsi.keyservice.v1.RecoverResponse
+	16, // [16:25] is the sub-list for method output_type
+	7,  // [7:16] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -1113,9 +1248,9 @@ func file_api_keyservice_v1_keyservice_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_keyservice_v1_keyservice_proto_rawDesc), len(file_api_keyservice_v1_keyservice_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   19,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_api_keyservice_v1_keyservice_proto_goTypes,
 		DependencyIndexes: file_api_keyservice_v1_keyservice_proto_depIdxs,

@@ -523,3 +523,129 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "api/keyservice/v1/keyservice.proto",
 }
+
+const (
+	Recovery_Recover_FullMethodName = "/cryptcsi.keyservice.v1.Recovery/Recover"
+)
+
+// RecoveryClient is the client API for Recovery service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Recovery is served by a node that waits for a key of its own, and called by
+// operators. It hands nothing out.
+//
+// Codes besides those above:
+//
+//	ABORTED              another Recover is being tried, or a device is worked on
+//	ALREADY_EXISTS       the device is open by now
+type RecoveryClient interface {
+	// Recover gives the node the KMS and store to get the key of its device
+	// from. The key is tried on the device before anything is believed: where
+	// that fails nothing changes and the node goes on waiting. Nothing is ever
+	// formatted by it. OK says that the device is open.
+	Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error)
+}
+
+type recoveryClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewRecoveryClient(cc grpc.ClientConnInterface) RecoveryClient {
+	return &recoveryClient{cc}
+}
+
+func (c *recoveryClient) Recover(ctx context.Context, in *RecoverRequest, opts ...grpc.CallOption) (*RecoverResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecoverResponse)
+	err := c.cc.Invoke(ctx, Recovery_Recover_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// RecoveryServer is the server API for Recovery service.
+// All implementations must embed UnimplementedRecoveryServer
+// for forward compatibility.
+//
+// Recovery is served by a node that waits for a key of its own, and called by
+// operators. It hands nothing out.
+//
+// Codes besides those above:
+//
+//	ABORTED              another Recover is being tried, or a device is worked on
+//	ALREADY_EXISTS       the device is open by now
+type RecoveryServer interface {
+	// Recover gives the node the KMS and store to get the key of its device
+	// from. The key is tried on the device before anything is believed: where
+	// that fails nothing changes and the node goes on waiting. Nothing is ever
+	// formatted by it. OK says that the device is open.
+	Recover(context.Context, *RecoverRequest) (*RecoverResponse, error)
+	mustEmbedUnimplementedRecoveryServer()
+}
+
+// UnimplementedRecoveryServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedRecoveryServer struct{}
+
+func (UnimplementedRecoveryServer) Recover(context.Context, *RecoverRequest) (*RecoverResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Recover not implemented")
+}
+func (UnimplementedRecoveryServer) mustEmbedUnimplementedRecoveryServer() {}
+func (UnimplementedRecoveryServer) testEmbeddedByValue()                  {}
+
+// UnsafeRecoveryServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to RecoveryServer will
+// result in compilation errors.
+type UnsafeRecoveryServer interface {
+	mustEmbedUnimplementedRecoveryServer()
+}
+
+func RegisterRecoveryServer(s grpc.ServiceRegistrar, srv RecoveryServer) {
+	// If the following call panics, it indicates UnimplementedRecoveryServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Recovery_ServiceDesc, srv)
+}
+
+func _Recovery_Recover_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecoverRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RecoveryServer).Recover(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Recovery_Recover_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RecoveryServer).Recover(ctx, req.(*RecoverRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Recovery_ServiceDesc is the grpc.ServiceDesc for Recovery service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Recovery_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "cryptcsi.keyservice.v1.Recovery",
+	HandlerType: (*RecoveryServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Recover",
+			Handler:    _Recovery_Recover_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "api/keyservice/v1/keyservice.proto",
+}
