@@ -267,7 +267,7 @@ func TestAdmin(t *testing.T) {
 		!slices.Equal(s.KEKs, []keyclient.KEKStatus{{Name: "transit://x", KeyID: "k/1"}, {Name: "cluster://", Error: "gone"}}) {
 		t.Errorf("Status = %+v", s)
 	}
-	u := keyclient.Unsealing{
+	u := keyclient.Given{
 		KMSURIs: []string{"cluster://{0}"}, StorageURIs: []string{"mem://"},
 		Files: []secret.Bytes{secret.Take([]byte("master")), {}}, RecordAuthSecret: secret.Take([]byte("auth")),
 	}

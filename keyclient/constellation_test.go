@@ -88,7 +88,7 @@ func constellationRefuses(t *testing.T, c *keyclient.Client) {
 	_, createErr := c.CreateDEK(ctx, uuid, spec())
 	_, claimErr := c.ClaimFormat(ctx, uuid, dek.Claim{Node: "n", UUID: uuid})
 	_, statusErr := c.Status(ctx)
-	_, unsealErr := c.Unseal(ctx, keyclient.Unsealing{})
+	_, unsealErr := c.Unseal(ctx, keyclient.Given{})
 	for method, err := range map[string]error{
 		"CreateDEK": createErr, "ClaimFormat": claimErr, "Status": statusErr, "Unseal": unsealErr,
 		"ConfirmDEK": c.ConfirmDEK(ctx, uuid, dek.HeaderID{UUID: uuid}),

@@ -95,11 +95,11 @@ func TestRolesWithOurServer(t *testing.T) {
 	if !status.Sealed || status.Version != "v-test" {
 		t.Errorf("Status = %+v", status)
 	}
-	_, err = nodeA.Unseal(ctx, keyclient.Unsealing{KMSURIs: []string{"x://"}})
+	_, err = nodeA.Unseal(ctx, keyclient.Given{KMSURIs: []string{"x://"}})
 	mustBe(t, "Unseal by a node", err, errdefs.ErrDenied)
-	_, err = operator.Unseal(ctx, keyclient.Unsealing{})
+	_, err = operator.Unseal(ctx, keyclient.Given{})
 	mustBe(t, "Unseal with nothing", err, errdefs.ErrInvalid)
-	status, err = operator.Unseal(ctx, keyclient.Unsealing{KMSURIs: []string{"x://"}, StorageURIs: []string{"mem://"}})
+	status, err = operator.Unseal(ctx, keyclient.Given{KMSURIs: []string{"x://"}, StorageURIs: []string{"mem://"}})
 	must(t, "Unseal", err)
 	if status.Sealed {
 		t.Errorf("Unseal = %+v", status)

@@ -97,6 +97,7 @@ type connection struct {
 	conn          *grpc.ClientConn
 	keys          keyservicev1.KeyServiceClient
 	admin         keyservicev1.AdminClient
+	recovery      keyservicev1.RecoveryClient
 	constellation constellationv1.APIClient
 	files         []watched
 	certificate   *x509.Certificate // ours; nil: none
@@ -183,6 +184,7 @@ func (c *Client) dial() (*connection, error) {
 	}
 	made.keys = keyservicev1.NewKeyServiceClient(made.conn)
 	made.admin = keyservicev1.NewAdminClient(made.conn)
+	made.recovery = keyservicev1.NewRecoveryClient(made.conn)
 	made.constellation = constellationv1.NewAPIClient(made.conn)
 	return made, nil
 }

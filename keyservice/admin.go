@@ -13,7 +13,10 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
-// The most that an UnsealRequest may hold.
+// MaxGiven bounds a request with what an operator gives, in bytes.
+const MaxGiven = 128 << 10
+
+// The most that a Given may hold.
 const (
 	maxURIs  = 16
 	maxURI   = 4 << 10
@@ -21,6 +24,16 @@ const (
 	maxFile  = 64 << 10
 	maxAuth  = 4 << 10
 )
+
+// Given is what an operator gives who unseals a key service or recovers a node:
+// KEKs and stores, the contents of files that their URIs name as {0}, {1}, …,
+// and a secret that authenticates records.
+type Given interface {
+	GetKmsUris() []string
+	GetStorageUris() []string
+	GetFiles() [][]byte
+	GetRecordAuthSecret() []byte
+}
 
 // adminAPI answers Admin. Its calls wait for nobody's turn: an operator has to
 // get through to a service that is overloaded.
@@ -40,12 +53,12 @@ func administer[Answer any](ctx context.Context, s *Server, method string, do fu
 // is tried, the others get ErrConflict. A repetition of the one that succeeded
 // succeeds, any other is ErrExists.
 func (a adminAPI) Unseal(ctx context.Context, req *keyservicev1.UnsealRequest) (*keyservicev1.StatusResponse, error) {
-	defer wipeRequest(req)
+	defer WipeGiven(req)
 	return administer(ctx, a.Server, "Unseal", func(ctx context.Context, c *call) (*keyservicev1.StatusResponse, error) {
 		if err := c.mayOperate(ctx); err != nil {
 			return nil, err
 		}
-		if err := checkUnseal(req); err != nil {
+		if err := CheckGiven(req); err != nil {
 			return nil, err
 		}
 		if err := c.unseal(ctx, req); err != nil {
@@ -86,11 +99,12 @@ func (s *Server) unseal(ctx context.Context, req *keyservicev1.UnsealRequest) er
 	return nil
 }
 
-func checkUnseal(req *keyservicev1.UnsealRequest) error {
-	if len(req.GetKmsUris()) == 0 {
+// CheckGiven says what cannot be opened, or is more than may be given.
+func CheckGiven(g Given) error {
+	if len(g.GetKmsUris()) == 0 {
 		return errdefs.Errorf(errdefs.ErrInvalid, "a KMS URI is needed")
 	}
-	for _, uris := range [][]string{req.GetKmsUris(), req.GetStorageUris()} {
+	for _, uris := range [][]string{g.GetKmsUris(), g.GetStorageUris()} {
 		if len(uris) > maxURIs {
 			return errdefs.Errorf(errdefs.ErrInvalid, "%d URIs of one kind: at most %d", len(uris), maxURIs)
 		}
@@ -100,10 +114,10 @@ func checkUnseal(req *keyservicev1.UnsealRequest) error {
 			}
 		}
 	}
-	if len(req.GetFiles()) > maxFiles || len(req.GetRecordAuthSecret()) > maxAuth {
+	if len(g.GetFiles()) > maxFiles || len(g.GetRecordAuthSecret()) > maxAuth {
 		return errdefs.Errorf(errdefs.ErrInvalid, "at most %d files, and %d bytes of a secret for records", maxFiles, maxAuth)
 	}
-	for i, f := range req.GetFiles() {
+	for i, f := range g.GetFiles() {
 		if len(f) > maxFile {
 			return errdefs.Errorf(errdefs.ErrInvalid, "file %d has %d bytes: at most %d", i, len(f), maxFile)
 		}
@@ -111,13 +125,13 @@ func checkUnseal(req *keyservicev1.UnsealRequest) error {
 	return nil
 }
 
-// wipeRequest wipes what can be wiped; URIs, which should hold no secret, and
+// WipeGiven wipes what can be wiped; URIs, which should hold no secret, and
 // gRPC's own buffers stay until they are collected.
-func wipeRequest(req *keyservicev1.UnsealRequest) {
-	for _, f := range req.GetFiles() {
+func WipeGiven(g Given) {
+	for _, f := range g.GetFiles() {
 		clear(f)
 	}
-	clear(req.GetRecordAuthSecret())
+	clear(g.GetRecordAuthSecret())
 }
 
 // Status says how the service is.

@@ -133,8 +133,6 @@ const (
 	maxRequest = 8 << 10
 	maxName    = 256
 	maxUUID    = 64
-	// maxUnseal bounds an UnsealRequest, which carries files.
-	maxUnseal = 128 << 10
 )
 
 // Server answers KeyService, Admin and, if asked to, Constellation's API. Its
@@ -230,7 +228,7 @@ func (s *Server) Register(r grpc.ServiceRegistrar) {
 // that expired or an authority that was removed does not live on in one.
 func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.MaxRecvMsgSize(maxUnseal),
+		grpc.MaxRecvMsgSize(MaxGiven),
 		grpc.MaxHeaderListSize(32 << 10),
 		grpc.MaxConcurrentStreams(1024),
 		grpc.ConnectionTimeout(10 * time.Second),

@@ -54,6 +54,12 @@ func (f *keyServiceFlags) add(fs *flag.FlagSet) {
 	fs.BoolVar(&f.plaintext, "key-service-insecure-plaintext", false, "reach it without TLS over the network")
 }
 
+// given says whether the flags name any source of keys.
+func (f *keyFlags) given() bool {
+	kek, store := f.direct.Given()
+	return kek || store || f.service.address != ""
+}
+
 // check says whether the flags of that verb name one source of keys.
 func (f *keyFlags) check(verb string) error {
 	kek, store := f.direct.Given()

@@ -29,6 +29,8 @@ const usage = `csi-plugin encrypts the volumes of another CSI driver.
 
   csi-plugin node      serve CSI on the node, in front of the wrapped driver's node socket
   csi-plugin rekey     give a volume that Constellation made to a key of its own
+  csi-plugin open      open one encrypted device that is no CSI volume, and print its path
+  csi-plugin close     close it
   csi-plugin inspect   list the encrypted volumes of this node
   csi-plugin version   print version, commit, libcryptsetup and the KMS that this build knows
   csi-plugin <verb> --help   list the flags of a verb
@@ -52,6 +54,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch verb, rest := strings.TrimLeft(args[0], "-"), args[1:]; verb {
 	case "node":
 		err = node(ctx, rest, stderr)
+	case "open":
+		err = openDevice(ctx, rest, stdout, stderr)
+	case "close":
+		err = closeDevice(ctx, rest, stderr)
 	case "inspect":
 		err = inspect(ctx, rest, stdout, stderr)
 	case "rekey":

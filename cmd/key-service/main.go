@@ -36,6 +36,7 @@ const usage = `key-service keeps the keys of encrypted volumes.
   key-service serve              answer nodes, controllers and operators over gRPC
   key-service unseal             give a service that was started with --sealed its KMS and store
   key-service status             how a service is
+  key-service recover            give a node that waits for the key of a device KMS and store to get it from
 
   key-service check              try all that serving needs of KMS and store, and say what is missing
 
@@ -78,6 +79,7 @@ func verbs() map[string]func(context.Context, *command) error {
 		"serve":          serve,
 		"unseal":         unseal,
 		"status":         status,
+		"recover":        recoverNode,
 		"check":          check,
 		"kek create":     kekCreate,
 		"kek describe":   kekDescribe,

@@ -22,7 +22,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
-// maxGiven bounds each file that unseal sends, in bytes.
+// maxGiven bounds each file that is sent, in bytes.
 const maxGiven = 32 << 10
 
 // clientFlags say how to reach a key service, and how to know it.
@@ -86,6 +86,18 @@ func (f *clientFlags) verifyServer(ctx context.Context, s tls.ConnectionState) e
 
 // unseal gives a sealed service its KMS and store.
 func unseal(ctx context.Context, c *command) error {
+	return c.give(ctx, func(ctx context.Context, client *keyclient.Client, g keyclient.Given) error {
+		s, err := client.Unseal(ctx, g)
+		if err != nil {
+			return err
+		}
+		return c.printStatus(s)
+	})
+}
+
+// give parses the flags of a verb that sends KMS, store and secrets to a
+// service, and lets send do it.
+func (c *command) give(ctx context.Context, send func(context.Context, *keyclient.Client, keyclient.Given) error) error {
 	var f clientFlags
 	f.add(c)
 	var paths []config.Item
@@ -94,36 +106,39 @@ func unseal(ctx context.Context, c *command) error {
 		return err
 	}
 	if kek, store := c.keys.Given(); !kek || !store {
-		return usageError("unseal: --kms-uri and --storage-uri are required (or …-file)")
+		return usageError(c.Name() + ": --kms-uri and --storage-uri are required (or …-file)")
 	}
 	ctx, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
-	client, err := f.dial(ctx, "unseal", true, giveUp)
+	client, err := f.dial(ctx, c.Name(), true, giveUp)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
-	u := keyclient.Unsealing{}
-	defer func() {
-		for _, file := range append(u.Files, u.RecordAuthSecret) {
-			file.Wipe()
-		}
-	}()
-	if u.KMSURIs, u.StorageURIs, u.RecordAuthSecret, err = c.keys.URIs(); err != nil {
+	g, err := c.gather(paths)
+	defer g.Wipe()
+	if err != nil {
 		return err
+	}
+	if err := send(ctx, client, g); err != nil {
+		return cmp.Or(context.Cause(ctx), err)
+	}
+	return nil
+}
+
+// gather reads what is to be sent. The caller wipes it, on an error too.
+func (c *command) gather(paths []config.Item) (g keyclient.Given, err error) {
+	if g.KMSURIs, g.StorageURIs, g.RecordAuthSecret, err = c.keys.URIs(); err != nil {
+		return g, err
 	}
 	for _, p := range paths {
 		content, err := readGiven(p.Value)
 		if err != nil {
-			return fmt.Errorf("--file: %w", err)
+			return g, fmt.Errorf("--file: %w", err)
 		}
-		u.Files = append(u.Files, content)
+		g.Files = append(g.Files, content)
 	}
-	s, err := client.Unseal(ctx, u)
-	if err != nil {
-		return cmp.Or(context.Cause(ctx), err)
-	}
-	return c.printStatus(s)
+	return g, nil
 }
 
 // readGiven reads a file, or standard input.
