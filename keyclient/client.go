@@ -175,6 +175,11 @@ func (c *Client) Close() error {
 	return nil
 }
 
+// States are what State can return.
+func States() []string {
+	return []string{"idle", "connecting", "ready", "transient_failure", "shutdown"}
+}
+
 // State says how the connection is, for metrics: "idle" (nothing was asked
 // yet, or it broke and nothing was asked since), "connecting", "ready",
 // "transient_failure" or "shutdown".

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 
 	keyservicev1 "github.com/cryptcsi/cryptcsi/api/keyservice/v1"
@@ -302,5 +303,17 @@ func TestWaitsForReady(t *testing.T) {
 	mustBe(t, "RewrapDEK", <-answer, errdefs.ErrNotFound)
 	if got := seen.codes(); !slices.Equal(got, []string{"NotFound"}) {
 		t.Errorf("attempts %v", got)
+	}
+}
+
+// TestStates: a state of gRPC's that States lacks would be 0 everywhere.
+func TestStates(t *testing.T) {
+	for s := connectivity.Idle; s <= connectivity.Shutdown; s++ {
+		if name := strings.ToLower(s.String()); !slices.Contains(keyclient.States(), name) {
+			t.Errorf("no state %q", name)
+		}
+	}
+	if n := len(keyclient.States()); n != int(connectivity.Shutdown)+1 {
+		t.Errorf("%d states", n)
 	}
 }

@@ -83,6 +83,7 @@ type keyOptions struct {
 	checkOnly bool // the configuration is tried, nothing is used
 	kms       func(kms.Call)
 	service   func(keyclient.Call)
+	state     func(func() string) // gets what tells the key service's client's state
 }
 
 // open opens what the flags name; the function closes it.
@@ -97,6 +98,9 @@ func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (ke
 	})
 	if err != nil {
 		return nil, nil, err
+	}
+	if o.state != nil {
+		o.state(c.State)
 	}
 	return c, func() { _ = c.Close() }, nil
 }

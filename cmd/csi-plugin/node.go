@@ -118,12 +118,12 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	if err := checkSystem(f.integrity == string(driver.IntegrityRequired), log); err != nil {
 		return err
 	}
-	var m *metrics
+	var m *measured
 	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}, Warm: f.warmWorkers,
 		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
 	defer cm.Shutdown()
-	m = newMetrics(library, cm.List, cm.Stuck)
-	keyring, closeKeys, err := f.keys.open(ctx, log, keyOptions{kms: m.call, service: m.keyCall})
+	m = newMeasured(library, cm.List, cm.Stuck)
+	keyring, closeKeys, err := f.keys.open(ctx, log, keyOptions{kms: m.KMS, service: m.keyCall, state: m.watchKeyService})
 	if err != nil {
 		return err
 	}
@@ -194,7 +194,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 		creator = keys
 	}
 	var theirs driver.Constellation
-	if f.service.protocol == string(keyclient.ProtocolConstellation) {
+	if f.keys.service.protocol == string(keyclient.ProtocolConstellation) {
 		theirs = m
 	}
 	d, err := driver.New(ctx, driver.Config{
@@ -220,8 +220,8 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 }
 
 // serve answers until ctx ends and then lets the calls in flight finish.
-func serve(ctx context.Context, f *nodeFlags, log *slog.Logger, d *driver.Driver, conn *grpc.ClientConn, m *metrics) error {
-	server := grpcserver.New(grpcserver.Config{Logger: log, Observe: m.rpc, Drain: f.drainTimeout, Options: d.ServerOptions()})
+func serve(ctx context.Context, f *nodeFlags, log *slog.Logger, d *driver.Driver, conn *grpc.ClientConn, m *measured) error {
+	server := grpcserver.New(grpcserver.Config{Logger: log, Observe: m.RPC, Drain: f.drainTimeout, Options: d.ServerOptions()})
 	d.Register(server)
 	lis, err := grpcserver.Listen(f.endpoint)
 	if err != nil {
@@ -231,7 +231,7 @@ func serve(ctx context.Context, f *nodeFlags, log *slog.Logger, d *driver.Driver
 	g.Go(func() error { return server.Serve(ctx, lis) })
 	if f.metricsAddress != "" {
 		g.Go(func() error {
-			return m.serve(ctx, f.metricsAddress, func(ctx context.Context) error { return probe(ctx, conn) })
+			return m.Serve(ctx, f.metricsAddress, func(ctx context.Context) error { return probe(ctx, conn) })
 		})
 	}
 	log.Info("serving", "endpoint", f.endpoint, "driver", d.Name(), "node", f.nodeName)

@@ -128,7 +128,7 @@ func serve(ctx context.Context, c *command) error {
 	if err := secret.CheckLocking(); err != nil {
 		c.log.Warn("keys cannot be locked in memory and may reach swap space: raise RLIMIT_MEMLOCK", "error", err)
 	}
-	s := &service{flags: f, log: c.log, metrics: newMetrics(), health: health.NewServer()}
+	s := &service{flags: f, log: c.log, metrics: newMeasured(), health: health.NewServer()}
 	defer s.close()
 	cfg, err := s.config(ctx, c)
 	if err != nil || c.file.Check {
@@ -141,7 +141,7 @@ func serve(ctx context.Context, c *command) error {
 type service struct {
 	flags   *serveFlags
 	log     *slog.Logger
-	metrics *metrics
+	metrics *measured
 	health  *health.Server
 	follow  *kube.Attachments   // nil: the API server is not asked
 	audit   *os.File            // nil: standard output
@@ -197,7 +197,7 @@ func (s *service) config(ctx context.Context, c *command) (keyservice.Config, er
 		}
 		return cfg, nil
 	}
-	keys, err := c.keys.Open(ctx, kms.Options{Observe: s.metrics.call}, s.log)
+	keys, err := c.keys.Open(ctx, kms.Options{Observe: s.metrics.KMS}, s.log)
 	if err != nil {
 		return cfg, err
 	}
@@ -251,7 +251,7 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 	if err != nil {
 		return err
 	}
-	server := grpcserver.New(grpcserver.Config{Logger: s.log, Observe: s.metrics.rpc, Drain: f.drain, HideRequests: true,
+	server := grpcserver.New(grpcserver.Config{Logger: s.log, Observe: s.metrics.RPC, Drain: f.drain, HideRequests: true,
 		Options: append(keyservice.ServerOptions(), s.options...)})
 	keys.Register(server)
 	healthpb.RegisterHealthServer(server, s.health)
@@ -273,7 +273,9 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 		g.Go(func() error { s.served.keepAlive(ctx, s.log); return nil })
 	}
 	if f.metricsAddress != "" {
-		g.Go(func() error { return s.metrics.serve(ctx, f.metricsAddress, func() error { return s.ready(keys) }) })
+		g.Go(func() error {
+			return s.metrics.Serve(ctx, f.metricsAddress, func(context.Context) error { return s.ready(keys) })
+		})
 	}
 	s.log.Info("serving", "address", lis.Addr().String(), "sealed", keys.Sealed(), "policy", f.policy)
 	err = g.Wait()
