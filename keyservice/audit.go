@@ -34,25 +34,22 @@ type call struct {
 	*Server
 	Decision
 	start time.Time
+	turn  bool // it is among those that are worked on
 }
 
-// serve takes a request about a DEK through admission, identification, do, and
-// the audit log, and returns the answer as gRPC has it. do calls one of c's
-// may methods before anything else but looking at the request.
+// serve takes a request about a DEK through identification, do, and the audit
+// log, and returns the answer as gRPC has it. do calls one of c's may methods
+// before anything else but looking at the request, and work before it asks for
+// keys: nobody waits in the queue, or makes others wait there, who may not.
 func serve[Answer any](ctx context.Context, s *Server, method, id string, do func(ctx context.Context, c *call) (Answer, error)) (Answer, error) {
-	var none Answer
 	c := &call{Server: s, Decision: Decision{Method: method, DEK: id}, start: time.Now()}
 	bounded, cancel := context.WithTimeout(ctx, s.cfg.Timeout)
 	defer cancel()
-	if err := s.limit.enter(bounded); err != nil {
-		// Nothing is decided yet, so there is nothing to audit.
-		return none, errgrpc.ToGRPC(c.late(ctx, err))
-	}
-	defer s.limit.leave()
+	defer c.leave()
 	return answer(ctx, bounded, c, do)
 }
 
-// answer is serve once the request was admitted. bounded is ctx with a deadline.
+// answer is serve without a turn. bounded is ctx with a deadline.
 func answer[Answer any](ctx, bounded context.Context, c *call, do func(ctx context.Context, c *call) (Answer, error)) (Answer, error) {
 	var none Answer
 	var err error
@@ -64,6 +61,26 @@ func answer[Answer any](ctx, bounded context.Context, c *call, do func(ctx conte
 		return none, err
 	}
 	return got, nil
+}
+
+// work waits for the call's turn, of which it has one, and returns what it works
+// with; ErrUnavailable while sealed.
+func (c *call) work(ctx context.Context) (Keys, error) {
+	keys, err := c.keys()
+	if err != nil || c.turn {
+		return keys, err
+	}
+	if err := c.limit.enter(ctx); err != nil {
+		return nil, err
+	}
+	c.turn = true
+	return keys, nil
+}
+
+func (c *call) leave() {
+	if c.turn {
+		c.limit.leave()
+	}
 }
 
 // end writes the audit line, before the answer leaves the process, and returns

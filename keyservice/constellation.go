@@ -36,7 +36,7 @@ func (a constellationAPI) GetDataKey(ctx context.Context, req *constellationv1.G
 		if err := c.mayDerive(ctx, id); err != nil {
 			return nil, err
 		}
-		keys, err := c.keys()
+		keys, err := c.work(ctx)
 		if err != nil {
 			return nil, err
 		}

@@ -38,7 +38,7 @@ func (k keyAPI) GetDEK(ctx context.Context, req *keyservicev1.GetDEKRequest) (*k
 		if err := c.mayHave(ctx, id); err != nil {
 			return nil, err
 		}
-		keys, err := c.keys()
+		keys, err := c.work(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -102,7 +102,7 @@ func (c *call) createFor(ctx context.Context, id dek.ID, spec dek.Spec, recipien
 // create creates, unless the volume is noted as confirmed: then its record was
 // lost, and a new key in its place would open nothing and hide that.
 func (c *call) create(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error) {
-	keys, err := c.keys()
+	keys, err := c.work(ctx)
 	if err != nil {
 		return dek.DEK{}, err
 	}
@@ -129,7 +129,7 @@ func (k keyAPI) ClaimFormat(ctx context.Context, req *keyservicev1.ClaimFormatRe
 		if claim.Node != c.Who.Node && !c.cfg.Policy.Any {
 			return nil, c.decide(ctx, errdefs.Errorf(errdefs.ErrDenied, "it claims in the name of node %q", claim.Node))
 		}
-		keys, err := c.keys()
+		keys, err := c.work(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -159,7 +159,7 @@ func (k keyAPI) ConfirmDEK(ctx context.Context, req *keyservicev1.ConfirmDEKRequ
 		if err := c.mayHave(ctx, id); err != nil {
 			return nil, err
 		}
-		keys, err := c.keys()
+		keys, err := c.work(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -183,7 +183,7 @@ func (k keyAPI) RewrapDEK(ctx context.Context, req *keyservicev1.RewrapDEKReques
 		if err := c.mayOperate(ctx); err != nil {
 			return nil, err
 		}
-		keys, err := c.keys()
+		keys, err := c.work(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -201,7 +201,7 @@ func (k keyAPI) DeleteDEK(ctx context.Context, req *keyservicev1.DeleteDEKReques
 		if err := c.mayControl(ctx); err != nil {
 			return nil, err
 		}
-		keys, err := c.keys()
+		keys, err := c.work(ctx)
 		if err != nil {
 			return nil, err
 		}

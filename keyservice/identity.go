@@ -1,12 +1,14 @@
 package keyservice
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
 	"net"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -148,13 +150,26 @@ func validName(s string) bool {
 	return s != "" && len(s) <= maxName && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' })
 }
 
-// Tokens identifies by a bearer token in the call's metadata.
+// Tokens identifies by a bearer token in the call's metadata. Whoever reaches
+// the port can send tokens that have to be reviewed, so the calls that wait for
+// that are bounded; those beyond are refused at once, with ErrUnavailable. Use
+// a pointer to it.
 type Tokens struct {
 	Reviewer TokenReviewer
+	// MaxWaiting bounds the calls that wait for a review, some tens of KiB of
+	// memory each; 0: 4096.
+	MaxWaiting int
+	// MaxWaitingPerHost bounds those of one network address, so that one
+	// stranger cannot take the places of all; 0: 64.
+	MaxWaitingPerHost int
+
+	mu      sync.Mutex
+	waiting int
+	hosts   map[string]int // waiting, by address
 }
 
 // Identify is Authenticator's.
-func (t Tokens) Identify(ctx context.Context) (Identity, error) {
+func (t *Tokens) Identify(ctx context.Context) (Identity, error) {
 	values := metadata.ValueFromIncomingContext(ctx, "authorization")
 	if len(values) == 0 {
 		return Identity{}, ErrNoCredentials
@@ -163,6 +178,11 @@ func (t Tokens) Identify(ctx context.Context) (Identity, error) {
 	if len(values) > 1 || !strings.EqualFold(scheme, "bearer") || token == "" || len(token) > maxToken {
 		return Identity{}, errdefs.Errorf(errdefs.ErrDenied, "the call's authorization is not one bearer token")
 	}
+	host := hostOf(ctx)
+	if err := t.enter(host); err != nil {
+		return Identity{}, err
+	}
+	defer t.leave(host)
 	id, err := t.Reviewer.Review(ctx, token)
 	if err == nil && (!validName(id.Name) || id.Name == localName) {
 		err = errdefs.Errorf(errdefs.ErrDenied, "the token's user has a name of %d bytes that cannot be an identity's", len(id.Name))
@@ -171,6 +191,42 @@ func (t Tokens) Identify(ctx context.Context) (Identity, error) {
 		return Identity{}, err
 	}
 	return id, nil
+}
+
+// enter takes a place among the calls that wait for a review.
+func (t *Tokens) enter(host string) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if most := cmp.Or(t.MaxWaitingPerHost, 64); t.hosts[host] >= most {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%d calls from its address wait for the review of their tokens already", most)
+	}
+	if most := cmp.Or(t.MaxWaiting, 4096); t.waiting >= most {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%d calls wait for the review of their tokens already", most)
+	}
+	if t.hosts == nil {
+		t.hosts = map[string]int{}
+	}
+	t.waiting++
+	t.hosts[host]++
+	return nil
+}
+
+func (t *Tokens) leave(host string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.waiting--
+	if t.hosts[host]--; t.hosts[host] == 0 {
+		delete(t.hosts, host)
+	}
+}
+
+// hostOf is the caller's address without its port; "" where it has none.
+func hostOf(ctx context.Context) string {
+	host, _, err := net.SplitHostPort(peerOf(ctx))
+	if err != nil {
+		return ""
+	}
+	return host
 }
 
 // Local identifies whoever comes over a unix socket, or over loopback without

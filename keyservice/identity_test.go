@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 
+	keyservicev1 "github.com/cryptcsi/cryptcsi/api/keyservice/v1"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/keyservice"
 )
@@ -121,7 +122,7 @@ func TestTokens(t *testing.T) {
 	with := func(values ...string) context.Context {
 		return metadata.NewIncomingContext(t.Context(), metadata.MD{"authorization": values})
 	}
-	auth := keyservice.Tokens{Reviewer: reviewer{}}
+	auth := &keyservice.Tokens{Reviewer: reviewer{}}
 	for _, good := range []string{"Bearer good", "bearer good"} {
 		got, err := auth.Identify(with(good))
 		if err != nil || got != (keyservice.Identity{Name: "system:serviceaccount:ns:csi", Node: "worker-1"}) {
@@ -172,7 +173,7 @@ func TestTokenOverTheWire(t *testing.T) {
 		roles(w, cfg)
 		w.files.Optional = true
 		cfg.Authenticators = []keyservice.Authenticator{
-			keyservice.Tokens{Reviewer: reviewerFunc(func(ctx context.Context, token string) (keyservice.Identity, error) {
+			&keyservice.Tokens{Reviewer: reviewerFunc(func(ctx context.Context, token string) (keyservice.Identity, error) {
 				if err, ok := fail.Load().(error); ok {
 					return keyservice.Identity{}, err
 				}
@@ -306,5 +307,99 @@ func TestTLSFilesRefused(t *testing.T) {
 		if _, err := f.Config(); !errors.Is(err, errdefs.ErrInvalid) {
 			t.Errorf("%s: %v", what, err)
 		}
+	}
+}
+
+// TestStrangersInTheWay: whoever is not known yet, or may not, takes no place
+// from who may, and not all that wait for their review come from one host.
+func TestStrangersInTheWay(t *testing.T) {
+	reviewing, hold := make(chan struct{}, 100), make(chan struct{})
+	held := reviewerFunc(func(ctx context.Context, _ string) (keyservice.Identity, error) {
+		reviewing <- struct{}{}
+		select {
+		case <-hold:
+		case <-ctx.Done():
+		}
+		return keyservice.Identity{}, errdefs.Errorf(errdefs.ErrDenied, "nobody")
+	})
+	w := start(t, func(w *world, cfg *keyservice.Config) {
+		roles(w, cfg)
+		cfg.MaxInFlight, cfg.MaxWaiting = 1, -1
+		cfg.Authenticators = []keyservice.Authenticator{&keyservice.Tokens{Reviewer: held, MaxWaitingPerHost: 8}, keyservice.Certificates{}}
+	})
+	w.create(t, vol)
+	stranger := w.as(t, "stranger")
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer x")
+	refused := make(chan error, 9)
+	for i := range 8 {
+		go func() {
+			if i%2 == 0 {
+				_, err := stranger.Status(ctx, &keyservicev1.StatusRequest{})
+				refused <- err
+				return
+			}
+			_, _, err := stranger.get(ctx, vol)
+			refused <- err
+		}()
+		<-reviewing
+	}
+	_, _, err := stranger.get(ctx, vol)
+	mustCode(t, "one stranger too many", err, codes.Unavailable)
+	_, _, err = stranger.get(t.Context(), vol) // known, and may not
+	mustCode(t, "who may not", err, codes.PermissionDenied)
+	_, _, err = w.as(t, node).get(t.Context(), vol)
+	must(t, "who may, with one place for all", err)
+	_, err = w.as(t, operator).Status(t.Context(), &keyservicev1.StatusRequest{})
+	must(t, "an operator", err)
+	close(hold)
+	for range 8 {
+		mustCode(t, "a stranger", <-refused, codes.Unauthenticated)
+	}
+}
+
+// TestWaitingForReviews: so many of one host, so many in all, and a place is
+// free again when a review ends.
+func TestWaitingForReviews(t *testing.T) {
+	reviewing, next := make(chan struct{}), make(chan struct{})
+	auth := &keyservice.Tokens{MaxWaiting: 3, MaxWaitingPerHost: 2, Reviewer: reviewerFunc(func(context.Context, string) (keyservice.Identity, error) {
+		reviewing <- struct{}{}
+		<-next
+		return keyservice.Identity{Name: "somebody"}, nil
+	})}
+	from := func(host byte, port int) context.Context {
+		ctx := metadata.NewIncomingContext(t.Context(), metadata.MD{"authorization": {"Bearer x"}})
+		return peer.NewContext(ctx, &peer.Peer{Addr: &net.TCPAddr{IP: net.IPv4(10, 0, 0, host), Port: port}})
+	}
+	ended := make(chan error, 4)
+	ask := func(host byte, port int) {
+		t.Helper()
+		go func() { _, err := auth.Identify(from(host, port)); ended <- err }()
+		<-reviewing
+	}
+	full := func(host byte, says string) {
+		t.Helper()
+		if _, err := auth.Identify(from(host, 9)); !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), says) {
+			t.Errorf("one too many: %v", err)
+		}
+	}
+	ask(1, 1)
+	ask(1, 2)
+	full(1, "from its address")
+	ask(2, 1)
+	full(3, "3 calls wait")
+	next <- struct{}{}
+	must(t, "a review", <-ended)
+	ask(3, 1)
+	full(2, "3 calls wait")
+	for range 3 {
+		next <- struct{}{}
+		must(t, "a review", <-ended)
+	}
+	ask(1, 1)
+	ask(1, 2)
+	full(1, "from its address")
+	for range 2 {
+		next <- struct{}{}
+		must(t, "a review", <-ended)
 	}
 }

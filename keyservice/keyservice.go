@@ -114,9 +114,10 @@ type Config struct {
 	// Observe is told of each decision, concurrently; nil: nobody is told.
 	Observe func(Decision)
 
-	// MaxInFlight bounds the calls that are worked on at a time; 0: 256.
+	// MaxInFlight bounds the calls that are worked on at a time, of callers who
+	// may have what they ask for; 0: 256.
 	MaxInFlight int
-	// MaxWaiting bounds the calls that wait for their turn, a few KiB of
+	// MaxWaiting bounds such calls that wait for their turn, a few KiB of
 	// memory each; one more is RESOURCE_EXHAUSTED at once. 0: 8192; negative:
 	// none waits.
 	MaxWaiting int
@@ -230,7 +231,7 @@ func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(MaxGiven),
 		grpc.MaxHeaderListSize(32 << 10),
-		grpc.MaxConcurrentStreams(1024),
+		grpc.MaxConcurrentStreams(128), // each may hold a request of maxUnseal before anybody knows whose it is
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionAge:      10 * time.Minute,

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
-	"golang.org/x/sync/singleflight"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -32,8 +31,9 @@ const (
 	badToken  = time.Second
 
 	maxToken     = 16 << 10 // bytes
-	maxReviewed  = 20000    // tokens that are remembered
-	maxReviews   = 32       // at a time
+	maxGood      = 20000    // tokens that are remembered
+	maxBad       = 2000
+	maxReviews   = 32 // at a time
 	reviewLimit  = 10 * time.Second
 	accountUser  = "system:serviceaccount:"
 	tokenClaims  = "authentication.kubernetes.io/"
@@ -68,22 +68,57 @@ type TokensOptions struct {
 // A good token counts for 5 s before the API server is asked again, which
 // itself remembers one for 10 s: a token whose pod or account was deleted is
 // refused after 15 s at most. One second for a refused token. What is
-// remembered is its SHA-256, for 20000 tokens at most.
+// remembered is its SHA-256, for 20000 good and 2000 refused tokens at most:
+// anybody can make up as many as he likes.
+//
+// The API server is asked about 32 tokens at a time. A review ends when nobody
+// waits for it any more, so there are never more than callers.
 type Tokens struct {
 	audiences []string
 	now       func() time.Time
 	reviews   authenticationv1client.TokenReviewInterface
 	slots     chan struct{}
-	flights   singleflight.Group
 
-	mu    sync.Mutex
-	known map[[sha256.Size]byte]reviewed
+	mu        sync.Mutex
+	good, bad memory
+	pending   map[tokenHash]*review
 }
+
+type tokenHash [sha256.Size]byte
 
 type reviewed struct {
 	account Account
 	err     error
 	until   time.Time
+}
+
+// review is a question that callers wait for. Its fields are guarded by
+// Tokens.mu, but answer is read freely once done is closed.
+type review struct {
+	key     tokenHash
+	callers int
+	cancel  context.CancelFunc
+	done    chan struct{}
+	answer  reviewed
+}
+
+// memory is what is remembered of at most so many tokens.
+type memory struct {
+	most  int
+	known map[tokenHash]reviewed
+	swept time.Time
+}
+
+// keep remembers r, if there is room. Looking for room costs no more than once
+// a second, however many tokens come.
+func (m *memory) keep(key tokenHash, r reviewed, now time.Time) {
+	if len(m.known) >= m.most && now.Sub(m.swept) >= badToken {
+		maps.DeleteFunc(m.known, func(_ tokenHash, r reviewed) bool { return !now.Before(r.until) })
+		m.swept = now
+	}
+	if len(m.known) < m.most {
+		m.known[key] = r
+	}
 }
 
 // NewTokens returns Tokens. It calls nobody.
@@ -103,7 +138,8 @@ func NewTokens(config *rest.Config, o TokensOptions) (*Tokens, error) {
 	}
 	return &Tokens{
 		audiences: slices.Clone(o.Audiences), now: o.Now, reviews: client.TokenReviews(),
-		slots: make(chan struct{}, maxReviews), known: map[[sha256.Size]byte]reviewed{},
+		slots: make(chan struct{}, maxReviews), pending: map[tokenHash]*review{},
+		good: memory{most: maxGood, known: map[tokenHash]reviewed{}}, bad: memory{most: maxBad, known: map[tokenHash]reviewed{}},
 	}, nil
 }
 
@@ -114,21 +150,55 @@ func (t *Tokens) Review(ctx context.Context, token string) (Account, error) {
 	if !plausible(token) {
 		return Account{}, errdefs.Errorf(errdefs.ErrDenied, "the token is no token of a service account")
 	}
-	key := sha256.Sum256([]byte(token))
-	if r, ok := t.remembered(key); ok {
-		return r.account, r.err
+	r, known := t.join(ctx, sha256.Sum256([]byte(token)), token)
+	if r == nil {
+		return known.account, known.err
 	}
-	done := t.flights.DoChan(string(key[:]), func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reviewLimit)
-		defer cancel()
-		return t.ask(ctx, key, token), nil
-	})
+	defer t.part(r)
 	select {
-	case r := <-done:
-		answer := r.Val.(reviewed)
-		return answer.account, answer.err
+	case <-r.done:
+		return r.answer.account, r.answer.err
 	case <-ctx.Done():
 		return Account{}, ctx.Err()
+	}
+}
+
+// join returns what is remembered of a token, else the review to wait for, of
+// which the caller takes part.
+func (t *Tokens) join(ctx context.Context, key tokenHash, token string) (*review, reviewed) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, m := range []*memory{&t.good, &t.bad} {
+		if r, ok := m.known[key]; ok && t.now().Before(r.until) {
+			return nil, r
+		}
+	}
+	r := t.pending[key]
+	if r == nil {
+		r = &review{key: key, done: make(chan struct{})}
+		ctx, r.cancel = context.WithTimeout(context.WithoutCancel(ctx), reviewLimit)
+		t.pending[key] = r
+		go t.run(ctx, r, token)
+	}
+	r.callers++
+	return r, reviewed{}
+}
+
+// part ends one caller's wait for r; the last one's ends r.
+func (t *Tokens) part(r *review) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if r.callers--; r.callers > 0 {
+		return
+	}
+	r.cancel()
+	t.forget(r)
+}
+
+// forget lets nobody join r any more. The caller holds the lock.
+func (t *Tokens) forget(r *review) {
+	if t.pending[r.key] == r {
+		delete(t.pending, r.key)
 	}
 }
 
@@ -138,15 +208,25 @@ func plausible(token string) bool {
 		strings.Trim(token, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.") == ""
 }
 
-func (t *Tokens) remembered(key [sha256.Size]byte) (reviewed, bool) {
+// run asks, and remembers the answer if it is one.
+func (t *Tokens) run(ctx context.Context, r *review, token string) {
+	answer := t.ask(ctx, token)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	r, ok := t.known[key]
-	return r, ok && t.now().Before(r.until)
+	if !answer.until.IsZero() {
+		m := &t.good
+		if answer.err != nil {
+			m = &t.bad
+		}
+		m.keep(r.key, answer, t.now())
+	}
+	t.forget(r)
+	r.answer = answer
+	close(r.done)
 }
 
-// ask asks the API server and remembers the answer, if it is one.
-func (t *Tokens) ask(ctx context.Context, key [sha256.Size]byte, token string) reviewed {
+// ask asks the API server. Where that does not say, until is zero.
+func (t *Tokens) ask(ctx context.Context, token string) reviewed {
 	select {
 	case t.slots <- struct{}{}:
 		defer func() { <-t.slots }()
@@ -164,14 +244,6 @@ func (t *Tokens) ask(ctx context.Context, key [sha256.Size]byte, token string) r
 	r := reviewed{until: begun.Add(goodToken)}
 	if r.account, r.err = t.account(answer.Status); r.err != nil {
 		r.until = begun.Add(badToken)
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(t.known) >= maxReviewed {
-		maps.DeleteFunc(t.known, func(_ [sha256.Size]byte, r reviewed) bool { return !t.now().Before(r.until) })
-	}
-	if len(t.known) < maxReviewed {
-		t.known[key] = r
 	}
 	return r
 }

@@ -1,9 +1,11 @@
 package kube_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -276,4 +278,69 @@ func TestTokensAreRemembered(t *testing.T) {
 	}
 	_, err = tokens.Review(t.Context(), "other.token.here")
 	must(t, "Review", err)
+}
+
+// TestStrangersTokens: made-up tokens are reviewed 32 at a time, a review whose
+// callers have left takes no place from anybody, and those that were refused
+// push no good one out of memory.
+func TestStrangersTokens(t *testing.T) {
+	var asked, asking, most atomic.Int64
+	hold := make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		asked.Add(1)
+		if bytes.Contains(body, []byte("good.token.here")) {
+			writeReview(w, goodReview)
+			return
+		}
+		n := asking.Add(1)
+		defer asking.Add(-1)
+		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+		}
+		select {
+		case <-hold:
+			writeReview(w, `{}`)
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(server.Close)
+	day := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
+	tokens, err := kube.NewTokens(&rest.Config{Host: server.URL, QPS: -1}, kube.TokensOptions{Audiences: []string{audience}, Now: func() time.Time { return day }})
+	must(t, "NewTokens", err)
+	ctx, leave := context.WithCancel(t.Context())
+	var strangers sync.WaitGroup
+	for i := range 200 {
+		strangers.Go(func() {
+			if _, err := tokens.Review(ctx, fmt.Sprintf("made.up.%d", i)); !errors.Is(err, context.Canceled) {
+				t.Errorf("a stranger who left: %v", err)
+			}
+		})
+	}
+	within(t, 10*time.Second, "32 reviews", func() bool { return asking.Load() == 32 })
+	leave()
+	strangers.Wait()
+	_, err = tokens.Review(t.Context(), "good.token.here")
+	must(t, "Review after strangers have left", err)
+	if n := asked.Load(); n != 32+1 || most.Load() != 32 {
+		t.Errorf("the API server was asked %d times, %d at a time; want 33 and 32", n, most.Load())
+	}
+
+	close(hold)
+	for i := range 2200 {
+		_, err := tokens.Review(t.Context(), fmt.Sprintf("again.made.up%d", i))
+		mustBe(t, "a made-up token", err, errdefs.ErrDenied, "")
+	}
+	before := asked.Load()
+	_, err = tokens.Review(t.Context(), "good.token.here")
+	must(t, "Review from memory", err)
+	_, err = tokens.Review(t.Context(), "again.made.up7")
+	mustBe(t, "a refused token", err, errdefs.ErrDenied, "")
+	if asked.Load() != before {
+		t.Error("what is remembered was asked for")
+	}
+	_, err = tokens.Review(t.Context(), "again.made.up2199")
+	mustBe(t, "a refused token too many", err, errdefs.ErrDenied, "")
+	if asked.Load() != before+1 {
+		t.Error("more refused tokens are remembered than there is room for")
+	}
 }

@@ -228,7 +228,7 @@ func (s *service) askKubernetes(cfg *keyservice.Config) error {
 			if err != nil {
 				return err
 			}
-			cfg.Authenticators = append(cfg.Authenticators, keyservice.Tokens{Reviewer: reviewer{tokens, values(f.nodes)}})
+			cfg.Authenticators = append(cfg.Authenticators, &keyservice.Tokens{Reviewer: reviewer{tokens, values(f.nodes)}})
 		}
 		if f.policy == "attached" {
 			if s.follow, err = kube.NewAttachments(config, kube.AttachmentsOptions{}); err != nil {
