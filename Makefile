@@ -95,6 +95,11 @@ sanity: build ## csi-sanity alone, with the list of what it skips
 bench: build ## staging against the same done by hand, on one kernel; not a test
 	@bin/vm -mem 4G -timeout 30m -- bin/bench
 
+.PHONY: bench-keys
+bench-keys: build ## the key service against an empty gRPC echo, a keyring, and a connection for each request; a storm of 1000 nodes
+	CGO_ENABLED=0 $(GOBUILD) -o bin/benchkeys ./test/benchkeys
+	@bin/benchkeys
+
 .PHONY: fuzz
 fuzz: install ## every fuzz target for FUZZTIME (30s)
 	@grep -rHoE --include='*_test.go' --exclude-dir='.?*' '^func Fuzz[A-Za-z0-9_]+' . \
