@@ -136,7 +136,7 @@ func (k keyAPI) ClaimFormat(ctx context.Context, req *keyservicev1.ClaimFormatRe
 		if err := c.current(ctx, keys, id); err != nil {
 			return nil, err
 		}
-		holds, err := keys.ClaimFormat(ctx, id, claim)
+		holds, err := c.claim(ctx, keys, id, claim)
 		if err != nil {
 			return nil, err
 		}

@@ -47,6 +47,7 @@ type NodeKeys interface {
 	GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
 	ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error)
 	ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error
+	ReleaseClaim(ctx context.Context, id dek.ID, node string) error // for a node that takes a claim over
 }
 
 // AdminKeys is what controllers and operators ask for, likewise.
@@ -104,6 +105,9 @@ type Config struct {
 	Policy Policy
 	// Notes; nil is none, and a rolled-back record is not noticed here.
 	Notes Notes
+	// Claims tells which claims a node may take over from another. nil: none;
+	// then an operator has to run key-service dek release.
+	Claims Claims
 	// Constellation turns /kms.API/GetDataKey on. It needs Keys that derive.
 	Constellation bool
 

@@ -234,7 +234,7 @@ func (s *service) askKubernetes(cfg *keyservice.Config) error {
 			if s.follow, err = kube.NewAttachments(config, kube.AttachmentsOptions{}); err != nil {
 				return err
 			}
-			cfg.Policy.Attached, cfg.Notes = attached{s.follow}, notes{kube.NewNotes(s.follow)}
+			cfg.Policy.Attached, cfg.Notes, cfg.Claims = attached{s.follow}, notes{kube.NewNotes(s.follow)}, s.follow
 		}
 	}
 	if len(cfg.Authenticators) == 0 && f.local() { // a fallback would make no credentials better than bad ones

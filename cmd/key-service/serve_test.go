@@ -260,34 +260,44 @@ func pin(t *testing.T, certFile string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// TestAttached: in Kubernetes a node gets the keys of volumes attached to it
-// and no others, and what it confirms is noted on the PersistentVolume.
-func TestAttached(t *testing.T) {
-	k := peers.Kube(t)
-	ctx := t.Context()
-	const handle = "vol-1"
-	id := dek.ID("d.example.com/" + handle)
-	_, err := k.Client.CoreV1().PersistentVolumes().Create(ctx, &corev1.PersistentVolume{
-		ObjectMeta: metav1.ObjectMeta{Name: "pv-1"},
+// volume makes a PersistentVolume "<driver>/<handle>" and returns its DEK ID.
+func volume(t *testing.T, k *peers.APIServer, name, handle string) dek.ID {
+	t.Helper()
+	_, err := k.Client.CoreV1().PersistentVolumes().Create(t.Context(), &corev1.PersistentVolume{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
 		Spec: corev1.PersistentVolumeSpec{
 			Capacity: corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")}, AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},
 			PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "d.example.com", VolumeHandle: handle}},
 		},
 	}, metav1.CreateOptions{})
 	wants(t, "PersistentVolume", err, nil)
-	attach := func(node string) string {
-		pv := "pv-1"
-		a := &storagev1.VolumeAttachment{
-			ObjectMeta: metav1.ObjectMeta{Name: "attach-" + node},
-			Spec:       storagev1.VolumeAttachmentSpec{Attacher: "d.example.com", NodeName: node, Source: storagev1.VolumeAttachmentSource{PersistentVolumeName: &pv}},
-		}
-		a, err := k.Client.StorageV1().VolumeAttachments().Create(ctx, a, metav1.CreateOptions{})
-		wants(t, "VolumeAttachment", err, nil)
-		a.Status.Attached = true
-		_, err = k.Client.StorageV1().VolumeAttachments().UpdateStatus(ctx, a, metav1.UpdateOptions{})
-		wants(t, "attached", err, nil)
-		return a.Name
+	return dek.ID("d.example.com/" + handle)
+}
+
+// attach joins a PersistentVolume and a node, and returns what undoes it.
+func attach(t *testing.T, k *peers.APIServer, volume, node string) (detach func()) {
+	t.Helper()
+	attachments := k.Client.StorageV1().VolumeAttachments()
+	a, err := attachments.Create(t.Context(), &storagev1.VolumeAttachment{
+		ObjectMeta: metav1.ObjectMeta{Name: "attach-" + volume + "-" + node},
+		Spec:       storagev1.VolumeAttachmentSpec{Attacher: "d.example.com", NodeName: node, Source: storagev1.VolumeAttachmentSource{PersistentVolumeName: &volume}},
+	}, metav1.CreateOptions{})
+	wants(t, "VolumeAttachment", err, nil)
+	a.Status.Attached = true
+	_, err = attachments.UpdateStatus(t.Context(), a, metav1.UpdateOptions{})
+	wants(t, "attached", err, nil)
+	return func() {
+		t.Helper()
+		wants(t, "detaching", attachments.Delete(t.Context(), a.Name, metav1.DeleteOptions{}), nil)
 	}
+}
+
+// TestAttached: in Kubernetes a node gets the keys of volumes attached to it
+// and no others, and what it confirms is noted on the PersistentVolume.
+func TestAttached(t *testing.T) {
+	k := peers.Kube(t)
+	ctx := t.Context()
+	id := volume(t, k, "pv-1", "vol-1")
 
 	ca := peers.NewCA(t)
 	cert, key := ca.Issue(t, "key-service")
@@ -301,13 +311,13 @@ func TestAttached(t *testing.T) {
 	}
 	controller, a, b := as("controller", true), as("system:node:a", false), as("system:node:b", false)
 
-	_, err = controller.CreateDEK(ctx, id, xts())
+	_, err := controller.CreateDEK(ctx, id, xts())
 	wants(t, "CreateDEK", err, nil)
 	_, err = controller.GetDEK(ctx, id)
 	wants(t, "GetDEK by the controller", err, errdefs.ErrDenied)
 	_, err = a.GetDEK(ctx, id)
 	wants(t, "GetDEK before it is attached", err, errdefs.ErrDenied)
-	name := attach("a")
+	detach := attach(t, k, "pv-1", "a")
 	got, err := a.GetDEK(ctx, id)
 	wants(t, "GetDEK by the node", err, nil)
 	got.Wipe()
@@ -325,7 +335,7 @@ func TestAttached(t *testing.T) {
 		t.Errorf("the PersistentVolume's note is %v, %v; want %s", pv.Annotations, err, want)
 	}
 
-	wants(t, "detaching", k.Client.StorageV1().VolumeAttachments().Delete(ctx, name, metav1.DeleteOptions{}), nil)
+	detach()
 	for end := time.Now().Add(time.Second); ; time.Sleep(10 * time.Millisecond) {
 		got, err := a.GetDEK(ctx, id)
 		if errors.Is(err, errdefs.ErrDenied) {
@@ -336,6 +346,37 @@ func TestAttached(t *testing.T) {
 			t.Fatalf("a second after it was detached the node still gets the key: %v", err)
 		}
 	}
+	takeOver(t, k, controller, a, b)
+}
+
+// takeOver: a claim stays its node's while anything attaches the volume there,
+// and then goes to the node that has the volume, with the UUID as it was.
+func takeOver(t *testing.T, k *peers.APIServer, controller, a, b *keyclient.Client) {
+	ctx, id := t.Context(), volume(t, k, "pv-2", "vol-2")
+	_, err := controller.CreateDEK(ctx, id, xts())
+	wants(t, "CreateDEK", err, nil)
+	claim := func(c *keyclient.Client, node string) (dek.Claim, error) {
+		return c.ClaimFormat(ctx, id, dek.Claim{Node: node, UUID: dek.NewUUID()})
+	}
+	detachA := attach(t, k, "pv-2", "a")
+	first, err := claim(a, "a")
+	wants(t, "the first claim", err, nil)
+	attach(t, k, "pv-2", "b")
+	_, err = claim(b, "b")
+	wants(t, "a claim while the volume is attached to the first node", err, errdefs.ErrConflict)
+	detachA()
+	var got dek.Claim
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(100 * time.Millisecond) { // until the watch has it
+		if got, err = claim(b, "b"); err == nil || !errors.Is(err, errdefs.ErrConflict) || time.Now().After(end) {
+			break
+		}
+	}
+	if want := (dek.Claim{Node: "b", UUID: first.UUID}); err != nil || got != want {
+		t.Fatalf("taking over: %v, %v; want %v", got, err, want)
+	}
+	attach(t, k, "pv-2", "a")
+	_, err = claim(a, "a")
+	wants(t, "a claim of the first node, which comes back", err, errdefs.ErrConflict)
 }
 
 // rules are what the key service needs of the API server.
