@@ -19,6 +19,7 @@ GOBUILD  = go build -trimpath -ldflags '-s -w $(LDFLAGS)'
 IMAGE_TARGET ?= csi-plugin
 IMAGE    ?= cryptcsi/$(IMAGE_TARGET):dev
 FUZZTIME ?= 30s
+KEYS     ?= service
 
 # find-pkgs NAME: sets pkgs to the packages in whose tests a function begins with NAME.
 find-pkgs = pkgs=$$(grep -rlE --include='*_test.go' --exclude-dir='.?*' '^func $(1)' . | xargs dirname | sort -u) \
@@ -51,8 +52,8 @@ build: install ## build all binaries into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/bench ./test/bench
 
 .PHONY: demo
-demo: build ## watch volumes come up encrypted, on a kernel with device-mapper
-	@bin/vm -- bin/demo
+demo: build ## watch volumes come up encrypted, on a kernel with device-mapper (KEYS=direct: without a key service)
+	@bin/vm -- bin/demo --keys=$(KEYS)
 
 .PHONY: test
 test: unit test-keys kernel ## all tests; sanity is one of the kernel's

@@ -1,11 +1,13 @@
 // Command demo shows, on a kernel with device-mapper, what cryptcsi does to the
 // volumes of an unmodified CSI driver: one line per step with its time, a table
-// of what held at the end, and exit code 0 only if all of it did.
+// of what held at the end, and exit code 0 only if all of it did. The node gets
+// its keys from a key service; with --keys=direct from KMS and store themselves.
 package main
 
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -18,7 +20,13 @@ import (
 )
 
 func main() {
-	if err := run(context.Background(), os.Stdout); err != nil {
+	keys := flag.String("keys", "service", `where the node gets keys: "service" (a key service) or "direct" (KMS and store)`)
+	flag.Parse()
+	if *keys != "service" && *keys != "direct" || flag.NArg() > 0 {
+		fmt.Fprintln(os.Stderr, "demo: --keys must be service or direct, and there are no arguments")
+		os.Exit(2)
+	}
+	if err := run(context.Background(), os.Stdout, *keys == "service"); err != nil {
 		fmt.Fprintf(os.Stderr, "demo: %v\n", err)
 		os.Exit(1)
 	}
@@ -73,7 +81,7 @@ func (s *story) table() {
 	_ = w.Flush()
 }
 
-func run(ctx context.Context, w io.Writer) error {
+func run(ctx context.Context, w io.Writer, keyService bool) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -83,7 +91,7 @@ func run(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	t := &tale{ctx: ctx, story: &story{w: w}, config: stack.Config{Dir: dir, Bin: filepath.Dir(self)}}
+	t := &tale{ctx: ctx, story: &story{w: w}, config: stack.Config{Dir: dir, Bin: filepath.Dir(self), KeyService: keyService}}
 	began := time.Now()
 	t.tell()
 	t.table()

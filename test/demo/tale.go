@@ -25,6 +25,9 @@ const marker = "TOP SECRET: the cloud must not read this. "
 // otherMarker has no byte in common with marker.
 const otherMarker = "=========================================="
 
+// wrongMaster is a master secret, but another one.
+const wrongMaster = "not the secret, not the secret, "
+
 // tale is the demo's story over one stack.
 type tale struct {
 	*story
@@ -38,17 +41,20 @@ type tale struct {
 // tell is the whole story, in order.
 func (t *tale) tell() {
 	t.that("csi-plugin starts in front of an unmodified CSI driver", t.start)
+	t.withKeyService(t.tellWhoAsks)
 	t.that("two volumes are made by the wrapped driver, staged and published: xfs, and ext4 with integrity", t.firstVolumes)
 	t.that("a pod writes to both, and reads back", t.write)
 	t.that("csi-plugin inspect shows the mappings", t.inspect)
 	t.that("the plaintext is nowhere on the raw devices", t.noPlaintext)
 	t.that("the keys are nowhere but wrapped in the store", t.noKeys)
+	t.withKeyService(t.tellWhoGets)
 	t.that("both are unstaged: no mapping and no mount is left; staged again, the data is there", t.restage)
 	t.that("a third volume in block mode: the pod gets the mapped device, the disk sees ciphertext", t.blockVolume)
 	t.that("the xfs volume grows under the pod from 400 to 600 MiB", t.expand)
 	t.that("--stage-with=wrapped: the wrapped driver formats and mounts the mapped device, not the raw one", t.handOver)
 	t.that("another volume's disk is refused", t.wrongDisk)
 	t.that("a wrong master secret is refused", t.wrongSecret)
+	t.withKeyService(t.tellAway)
 	t.that("a bit flipped on the integrity volume is an I/O error, not wrong data", t.flippedBit)
 	t.that("a blank disk in place of a formatted volume is refused, not formatted", t.blankDisk)
 	t.that("everything is taken down and deleted; nothing of it is left on the node", t.takeDown)
@@ -238,14 +244,14 @@ func (t *tale) wrongSecret() (string, error) {
 	if err := os.Rename(right, wrong); err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(right, bytes.Repeat([]byte("not the secret, "), 2), 0o600); err != nil {
+	if err := os.WriteFile(right, []byte(wrongMaster), 0o600); err != nil {
 		return "", err
 	}
-	if err := t.restart(); err != nil {
+	if err := t.restartKeys(); err != nil {
 		return "", err
 	}
 	message, err := refused(t.block.Stage(t.ctx), "")
-	return message, errors.Join(err, os.Rename(wrong, right), t.restart(), t.block.Up(t.ctx), contains(t.block.Target, marker))
+	return message, errors.Join(err, os.Rename(wrong, right), t.restartKeys(), t.block.Up(t.ctx), contains(t.block.Target, marker))
 }
 
 func (t *tale) flippedBit() (string, error) {
@@ -300,6 +306,14 @@ func (t *tale) restart(args ...string) error {
 	}
 	t.stack.SetPluginArgs(args...)
 	return t.stack.StartPlugin(t.ctx)
+}
+
+// restartKeys starts again whoever has the master secret.
+func (t *tale) restartKeys() error {
+	if t.config.KeyService {
+		return t.restartKeyService("--kms-uri="+t.stack.KEK(), "--storage-uri="+t.stack.Store())
+	}
+	return t.restart()
 }
 
 // refusedWith stages v while loopdriver has a fault, expects a refusal with the

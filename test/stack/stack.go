@@ -1,7 +1,8 @@
 // Package stack starts what a node with encrypted volumes runs, as an operator
 // would: loopdriver as the wrapped driver, csi-plugin node in front of it, both
 // as processes of their own, with a cluster KEK and a file store: in direct
-// mode, or by way of a key service. The demo, csi-sanity and the benchmarks stand on it.
+// mode, or by way of a key service that the node asks over mutual TLS. The demo,
+// csi-sanity and the benchmarks stand on it.
 package stack
 
 import (
@@ -19,8 +20,10 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
+
+// Node1 is the node that all of it runs on.
+const Node1 = "node-1"
 
 // startTime bounds how long a process may take until it serves.
 const startTime = time.Minute
@@ -43,8 +46,9 @@ type Stack struct {
 	Controller csi.ControllerClient
 	Node       csi.NodeClient
 
-	conn                 *grpc.ClientConn
-	driver, plugin, keys *process // keys is nil in direct mode
+	conn           *grpc.ClientConn
+	driver, plugin *process
+	keys           *keyService // nil in direct mode
 }
 
 // Start starts both and waits until they serve.
@@ -57,7 +61,7 @@ func Start(ctx context.Context, cfg Config) (*Stack, error) {
 		return nil, err
 	}
 	if cfg.KeyService {
-		if err := s.StartKeyService(ctx, "--kms-uri="+s.KEK(), "--storage-uri="+s.Store()); err != nil {
+		if err := s.makeKeyService(ctx); err != nil {
 			return nil, fmt.Errorf("%w %w", err, s.driver.stop(syscall.SIGKILL))
 		}
 	}
@@ -66,34 +70,6 @@ func Start(ctx context.Context, cfg Config) (*Stack, error) {
 	}
 	return s, nil
 }
-
-// KeySocket is where the key service listens.
-func (s *Stack) KeySocket() string { return "unix://" + s.Path("key.sock") }
-
-// StartKeyService starts the key service, at first or after StopKeyService.
-// Everybody who reaches its socket may do everything.
-func (s *Stack) StartKeyService(ctx context.Context, args ...string) (err error) {
-	s.keys, err = startProcess(filepath.Join(s.cfg.Bin, "key-service"), append([]string{"serve",
-		"--listen=" + s.KeySocket(), "--volume-policy=any",
-	}, args...))
-	if err != nil {
-		return err
-	}
-	conn, err := grpc.NewClient(s.KeySocket(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, startTime)
-	defer cancel()
-	if _, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{}, grpc.WaitForReady(true)); err != nil {
-		return fmt.Errorf("key-service does not serve: %w\n%s", err, s.keys.log)
-	}
-	return nil
-}
-
-// StopKeyService ends the key service with a signal and waits for it.
-func (s *Stack) StopKeyService(sig syscall.Signal) error { return s.keys.stop(sig) }
 
 // Path returns a path below the stack's directory.
 func (s *Stack) Path(elem ...string) string {
@@ -137,7 +113,7 @@ func (s *Stack) makeKeys() error {
 func (s *Stack) StartDriver(ctx context.Context) (err error) {
 	endpoint := "unix://" + s.Path("wrapped.sock")
 	s.driver, err = startProcess(filepath.Join(s.cfg.Bin, "loopdriver"), append([]string{
-		"--endpoint=" + endpoint, "--data-dir=" + s.Path("volumes"), "--node-id=node-1",
+		"--endpoint=" + endpoint, "--data-dir=" + s.Path("volumes"), "--node-id=" + Node1,
 	}, s.cfg.DriverArgs...))
 	if err != nil {
 		return err
@@ -153,12 +129,12 @@ func (s *Stack) StartDriver(ctx context.Context) (err error) {
 func (s *Stack) StartPlugin(ctx context.Context) (err error) {
 	args := []string{"node",
 		"--endpoint=" + s.Endpoint, "--wrapped-endpoint=unix://" + s.Path("wrapped.sock"),
-		"--kubelet-dir=" + s.KubeletDir(), "--node-name=node-1", "--create-keys",
+		"--kubelet-dir=" + s.KubeletDir(), "--node-name=" + Node1,
 	}
-	if s.cfg.KeyService {
-		args = append(args, "--key-service="+s.KeySocket())
+	if s.keys != nil {
+		args = append(args, s.keys.nodeArgs()...)
 	} else {
-		args = append(args, "--kms-uri="+s.KEK(), "--storage-uri="+s.Store())
+		args = append(args, "--create-keys", "--kms-uri="+s.KEK(), "--storage-uri="+s.Store())
 	}
 	s.plugin, err = startProcess(filepath.Join(s.cfg.Bin, "csi-plugin"), append(args, s.cfg.PluginArgs...))
 	if err != nil {
@@ -184,16 +160,16 @@ func (s *Stack) SetPluginArgs(args ...string) { s.cfg.PluginArgs = args }
 // PluginPID returns csi-plugin's process ID.
 func (s *Stack) PluginPID() int { return s.plugin.cmd.Process.Pid }
 
-// Logs returns what both have logged so far.
+// Logs returns what all have logged so far.
 func (s *Stack) Logs() string {
 	logs := "--- loopdriver\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
 	if s.keys != nil {
-		logs += "--- key-service\n" + s.keys.log.String()
+		logs += "--- key-service\n" + s.keys.process.log.String()
 	}
 	return logs
 }
 
-// Stop ends both in good order.
+// Stop ends all in good order.
 func (s *Stack) Stop() error {
 	if err := s.StopPlugin(syscall.SIGTERM); err != nil {
 		return fmt.Errorf("csi-plugin: %w", err)
@@ -202,7 +178,8 @@ func (s *Stack) Stop() error {
 		return fmt.Errorf("loopdriver: %w", err)
 	}
 	if s.keys != nil {
-		if err := s.keys.stop(syscall.SIGTERM); err != nil {
+		_ = s.keys.controller.Close()
+		if err := s.StopKeyService(syscall.SIGTERM); err != nil {
 			return fmt.Errorf("key-service: %w", err)
 		}
 	}
@@ -231,11 +208,25 @@ func startProcess(path string, args []string) (*process, error) {
 }
 
 // wait returns once the process answers on its socket, with the driver's name.
-func (p *process) wait(ctx context.Context, endpoint string) (string, *grpc.ClientConn, error) {
-	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
+func (p *process) wait(ctx context.Context, endpoint string) (name string, conn *grpc.ClientConn, err error) {
+	conn, err = grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
 	if err != nil {
 		return "", nil, err
 	}
+	err = p.serves(ctx, func(ctx context.Context) error {
+		info, err := csi.NewIdentityClient(conn).GetPluginInfo(ctx, &csi.GetPluginInfoRequest{}, grpc.WaitForReady(true))
+		name = info.GetName()
+		return err
+	})
+	if err != nil {
+		_ = conn.Close()
+		return "", nil, err
+	}
+	return name, conn, nil
+}
+
+// serves calls ask, which waits for an answer, for as long as the process runs.
+func (p *process) serves(ctx context.Context, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
 	go func() {
@@ -245,12 +236,10 @@ func (p *process) wait(ctx context.Context, endpoint string) (string, *grpc.Clie
 		case <-ctx.Done():
 		}
 	}()
-	info, err := csi.NewIdentityClient(conn).GetPluginInfo(ctx, &csi.GetPluginInfoRequest{}, grpc.WaitForReady(true))
-	if err != nil {
-		_ = conn.Close()
-		return "", nil, fmt.Errorf("%s does not serve: %w\n%s", p.cmd.Path, err, p.log)
+	if err := ask(ctx); err != nil {
+		return fmt.Errorf("%s does not serve: %w\n%s", p.cmd.Path, err, p.log)
 	}
-	return info.GetName(), conn, nil
+	return nil
 }
 
 // stop ends the process; one that does not end in good order is an error,

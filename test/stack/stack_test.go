@@ -3,7 +3,6 @@ package stack_test
 import (
 	"bytes"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -27,7 +26,7 @@ func TestKernelKeyService(t *testing.T) {
 		"exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "key-service"), "exec:"+filepath.Join(bin, "loopdriver"))
 	kernel.NoLeaks(t)
 	ctx, dir := t.Context(), t.TempDir()
-	s, err := stack.Start(ctx, stack.Config{Dir: dir, Bin: bin, KeyService: true, PluginArgs: []string{"--key-service-timeout=1s"}})
+	s, err := stack.Start(ctx, stack.Config{Dir: dir, Bin: bin, KeyService: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,13 +61,15 @@ func TestKernelKeyService(t *testing.T) {
 	must("Unstage", v.Unstage(ctx))
 
 	must("stop the key service", s.StopKeyService(syscall.SIGTERM))
-	unavailable("Stage without the key service", v.Stage(ctx), s.KeySocket())
+	unavailable("Stage without the key service", v.Stage(ctx), s.KeyAddress())
 
 	must("start it sealed", s.StartKeyService(ctx, "--sealed"))
 	unavailable("Stage while it is sealed", v.Stage(ctx), "sealed")
-	unseal := exec.CommandContext(ctx, filepath.Join(bin, "key-service"), "unseal", "--address="+s.KeySocket(),
-		"--kms-uri=cluster://{0}?salt-file={1}", "--storage-uri="+s.Store(), "--file="+s.Path("master-secret"), "--file="+s.Path("salt"))
-	if out, err := unseal.CombinedOutput(); err != nil {
+	if out, err := s.Unseal(ctx, s.Path("salt")); err == nil {
+		t.Errorf("unsealed with a wrong secret: %s", out)
+	}
+	unavailable("Stage after a wrong secret", v.Stage(ctx), "sealed")
+	if out, err := s.Unseal(ctx, s.Path("master-secret")); err != nil {
 		t.Fatalf("unseal: %v: %s", err, out)
 	}
 	must("Stage", v.Stage(ctx))

@@ -49,7 +49,8 @@ func BlockCapability() *csi.VolumeCapability {
 
 // Create makes a volume with the wrapped driver's controller and attaches it.
 // The entries of extra are added to its volume context, as they would stand in
-// a PersistentVolume.
+// a PersistentVolume. With a key service it also makes the volume's DEK, as a
+// controller does: the node must not.
 func (s *Stack) Create(ctx context.Context, name string, size int64, c *csi.VolumeCapability, extra map[string]string) (*Volume, error) {
 	resp, err := s.Controller.CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeCapabilities: []*csi.VolumeCapability{c},
@@ -71,8 +72,17 @@ func (s *Stack) Create(ctx context.Context, name string, size int64, c *csi.Volu
 	if err := os.MkdirAll(filepath.Dir(v.Target), 0o750); err != nil {
 		return nil, err
 	}
+	if s.keys != nil {
+		spec := dek.Spec{Name: name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(extra["cryptcsi.io/integrity"])}
+		if _, err := s.keys.controller.CreateDEK(ctx, v.DEK(), spec); err != nil {
+			return nil, err
+		}
+	}
 	return v, v.Attach(ctx)
 }
+
+// DEK is the ID of the volume's key.
+func (v *Volume) DEK() dek.ID { return dek.ID(v.s.Name + "/" + v.ID) }
 
 // Key returns the volume's DEK, as an operator with KEK and store can.
 func (v *Volume) Key(ctx context.Context) ([]byte, error) {
@@ -89,7 +99,7 @@ func (v *Volume) Key(ctx context.Context) ([]byte, error) {
 		return nil, err
 	}
 	defer func() { _ = keys.Close() }()
-	d, err := keys.GetDEK(ctx, dek.ID(v.s.Name+"/"+v.ID))
+	d, err := keys.GetDEK(ctx, v.DEK())
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +110,7 @@ func (v *Volume) Key(ctx context.Context) ([]byte, error) {
 // Attach is ControllerPublishVolume.
 func (v *Volume) Attach(ctx context.Context) error {
 	resp, err := v.s.Controller.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{
-		VolumeId: v.ID, NodeId: "node-1", VolumeCapability: v.Capability, VolumeContext: v.Context,
+		VolumeId: v.ID, NodeId: Node1, VolumeCapability: v.Capability, VolumeContext: v.Context,
 	})
 	v.PublishContext = resp.GetPublishContext()
 	return err
@@ -165,11 +175,14 @@ func (v *Volume) Expand(ctx context.Context, size int64) error {
 	return err
 }
 
-// Delete detaches and deletes the volume.
+// Delete detaches and deletes the volume and, with a key service, its DEK.
 func (v *Volume) Delete(ctx context.Context) error {
-	if _, err := v.s.Controller.ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: v.ID, NodeId: "node-1"}); err != nil {
+	if _, err := v.s.Controller.ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: v.ID, NodeId: Node1}); err != nil {
 		return err
 	}
 	_, err := v.s.Controller.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: v.ID})
-	return err
+	if err != nil || v.s.keys == nil {
+		return err
+	}
+	return v.s.keys.controller.DeleteDEK(ctx, v.DEK())
 }
