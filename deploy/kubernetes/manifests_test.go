@@ -4,11 +4,10 @@
 package kubernetes_test
 
 import (
-	"bytes"
 	"fmt"
 	"io/fs"
 	"net/url"
-	"os/exec"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -17,9 +16,12 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	"sigs.k8s.io/kustomize/api/krusty"
+	"sigs.k8s.io/kustomize/api/types"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
 )
@@ -27,6 +29,7 @@ import (
 const (
 	namespace = "cryptcsi"
 	demo      = "overlays/loopdriver-demo"
+	keyed     = "examples/key-service" // all that the key service needs, for nodes that ask it
 	kubelet   = "/var/lib/kubelet"
 )
 
@@ -41,8 +44,22 @@ func newObject(kind string) any {
 		return &corev1.PersistentVolumeClaim{}
 	case "v1/Pod":
 		return &corev1.Pod{}
+	case "v1/ConfigMap":
+		return &corev1.ConfigMap{}
+	case "v1/Service":
+		return &corev1.Service{}
 	case "apps/v1/DaemonSet":
 		return &appsv1.DaemonSet{}
+	case "apps/v1/Deployment":
+		return &appsv1.Deployment{}
+	case "networking.k8s.io/v1/NetworkPolicy":
+		return &networkingv1.NetworkPolicy{}
+	case "policy/v1/PodDisruptionBudget":
+		return &policyv1.PodDisruptionBudget{}
+	case "rbac.authorization.k8s.io/v1/Role":
+		return &rbacv1.Role{}
+	case "rbac.authorization.k8s.io/v1/RoleBinding":
+		return &rbacv1.RoleBinding{}
 	case "rbac.authorization.k8s.io/v1/ClusterRole":
 		return &rbacv1.ClusterRole{}
 	case "rbac.authorization.k8s.io/v1/ClusterRoleBinding":
@@ -102,9 +119,9 @@ func daemonSet(t *testing.T, dir string) *appsv1.DaemonSet {
 	return sets[0]
 }
 
-func container(t *testing.T, set *appsv1.DaemonSet, name string) corev1.Container {
+func container(t *testing.T, pod corev1.PodSpec, name string) corev1.Container {
 	t.Helper()
-	containers := set.Spec.Template.Spec.Containers
+	containers := pod.Containers
 	i := slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == name })
 	if i < 0 {
 		t.Fatalf("there is no container %s", name)
@@ -112,23 +129,54 @@ func container(t *testing.T, set *appsv1.DaemonSet, name string) corev1.Containe
 	return containers[i]
 }
 
-// kustomizations are all folders with a kustomization.yaml.
+// kustomizations are all folders with a kustomization.yaml that can be built:
+// all but components, each of which must be part of one that can.
 func kustomizations(t *testing.T) []string {
 	t.Helper()
 	var dirs []string
+	components := map[string]bool{} // used or not
 	err := filepath.WalkDir(".", func(name string, _ fs.DirEntry, err error) error {
-		if path.Base(name) == "kustomization.yaml" {
-			dirs = append(dirs, path.Dir(name))
+		if err != nil || path.Base(name) != "kustomization.yaml" {
+			return err
 		}
-		return err
+		k := kustomization(t, name)
+		if k.Kind == types.ComponentKind {
+			components[path.Dir(name)] = components[path.Dir(name)]
+			return nil
+		}
+		dirs = append(dirs, path.Dir(name))
+		for _, c := range k.Components {
+			components[path.Join(path.Dir(name), c)] = true
+		}
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Contains(dirs, demo) {
-		t.Fatalf("%s is not among %v", demo, dirs)
+	for dir, used := range components {
+		if !used {
+			t.Errorf("nothing uses %s, so nothing checks it", dir)
+		}
+	}
+	for _, dir := range []string{demo, keyed} {
+		if !slices.Contains(dirs, dir) {
+			t.Fatalf("%s is not among %v", dir, dirs)
+		}
 	}
 	return dirs
+}
+
+func kustomization(t *testing.T, name string) types.Kustomization {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var k types.Kustomization
+	if err := yaml.UnmarshalStrict(text, &k); err != nil {
+		t.Errorf("%s: %v", name, err)
+	}
+	return k
 }
 
 // flag returns the value of --name=value among a container's arguments.
@@ -161,7 +209,7 @@ func TestDecodingIsStrict(t *testing.T) {
 }
 
 func TestDaemonSets(t *testing.T) {
-	for _, dir := range []string{"base", demo} {
+	for _, dir := range []string{"base", keyed, demo} {
 		t.Run(dir, func(t *testing.T) {
 			set := daemonSet(t, dir)
 			pod := set.Spec.Template.Spec
@@ -183,7 +231,7 @@ func TestDaemonSets(t *testing.T) {
 				checkMounts(t, pod, c)
 				checkProbes(t, c)
 			}
-			checkPlugin(t, pod, container(t, set, "csi-plugin"))
+			checkPlugin(t, pod, container(t, set.Spec.Template.Spec, "csi-plugin"))
 		})
 	}
 }
@@ -284,11 +332,11 @@ func socket(t *testing.T, c corev1.Container, name string) string {
 
 func TestSocketsMeet(t *testing.T) {
 	set := daemonSet(t, demo)
-	plugin := container(t, set, "csi-plugin")
-	registrar := container(t, set, "node-driver-registrar")
-	provisioner := container(t, set, "csi-provisioner")
+	plugin := container(t, set.Spec.Template.Spec, "csi-plugin")
+	registrar := container(t, set.Spec.Template.Spec, "node-driver-registrar")
+	provisioner := container(t, set.Spec.Template.Spec, "csi-provisioner")
 
-	if got, want := socket(t, plugin, "wrapped-endpoint"), socket(t, container(t, set, "loopdriver"), "endpoint"); got != want {
+	if got, want := socket(t, plugin, "wrapped-endpoint"), socket(t, container(t, set.Spec.Template.Spec, "loopdriver"), "endpoint"); got != want {
 		t.Errorf("csi-plugin looks for the wrapped driver at %s, which serves at %s", got, want)
 	}
 	serves := socket(t, plugin, "endpoint")
@@ -309,7 +357,7 @@ func TestSocketsMeet(t *testing.T) {
 
 func TestDemoNames(t *testing.T) {
 	objects := build(t, demo)
-	name := flag(t, container(t, daemonSet(t, demo), "loopdriver"), "driver-name")
+	name := flag(t, container(t, daemonSet(t, demo).Spec.Template.Spec, "loopdriver"), "driver-name")
 	drivers, classes := of[*storagev1.CSIDriver](objects), of[*storagev1.StorageClass](objects)
 	if len(drivers) != 1 || drivers[0].Name != name {
 		t.Errorf("CSIDriver objects %v, want one called %s", drivers, name)
@@ -332,7 +380,7 @@ func TestDemoNames(t *testing.T) {
 // records lie on the node, where a restart of the pod leaves them.
 func TestDemoKeys(t *testing.T) {
 	set := daemonSet(t, demo)
-	plugin := container(t, set, "csi-plugin")
+	plugin := container(t, set.Spec.Template.Spec, "csi-plugin")
 	source := func(file string) *corev1.Volume {
 		name, _, _ := strings.Cut(nodePath(t, plugin, file), ":")
 		return volume(set.Spec.Template.Spec, name)
@@ -352,38 +400,5 @@ func TestDemoKeys(t *testing.T) {
 	}
 	if source(storage.Path+"/record").HostPath == nil {
 		t.Errorf("records in %s go away with the pod", storage.Path)
-	}
-}
-
-// TestFlagsExist asks the programs themselves which flags they have.
-func TestFlagsExist(t *testing.T) {
-	set := daemonSet(t, demo)
-	for _, program := range []struct {
-		container, source string
-		help              []string
-	}{
-		{"csi-plugin", "./cmd/csi-plugin", []string{"node", "--help"}},
-		{"loopdriver", "./test/loopdriver/cmd/loopdriver", []string{"--help"}},
-	} {
-		binary := filepath.Join(t.TempDir(), program.container)
-		build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, program.source)
-		build.Dir = "../.."
-		if out, err := build.CombinedOutput(); err != nil {
-			t.Errorf("building %s: %v\n%s", program.source, err, out)
-			continue
-		}
-		var help bytes.Buffer
-		show := exec.CommandContext(t.Context(), binary, program.help...)
-		show.Stdout, show.Stderr = &help, &help
-		if err := show.Run(); err != nil {
-			t.Errorf("%s %v: %v\n%s", program.container, program.help, err, &help)
-		}
-		for _, arg := range container(t, set, program.container).Args {
-			name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-			if strings.HasPrefix(arg, "-") && !slices.Contains(strings.Fields(help.String()), "-"+name) &&
-				!slices.Contains(strings.Fields(help.String()), "--"+name) {
-				t.Errorf("%s has no flag --%s", program.container, name)
-			}
-		}
 	}
 }
