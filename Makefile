@@ -133,7 +133,8 @@ generate: install ## write generated code anew
 	go generate ./...
 
 .PHONY: manifests
-manifests: install ## check deploy/kubernetes against the API's types
+manifests: install ## check deploy/ against the API's types, a real API server and our programs
+	@test/install.sh peers=kube
 	go test -count=1 ./deploy/...
 
 .PHONY: image

@@ -81,6 +81,7 @@ func importRules() []rule {
 			"internal/...", "keyclient", "keyservice", "kms", "kms/all", "kube", "secret",
 		}, "mains wire; packages of tests and the worker's half stay out"},
 		{"deploy/kubernetes", nil, "manifests; the Go there is a test of them"},
+		{"deploy/kubernetes/cluster", nil, "a test of them against a real API server"},
 		{"test/...", []string{"..."}, "tests may look at everything"},
 	}
 }

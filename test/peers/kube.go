@@ -78,7 +78,7 @@ func Kube(t testing.TB) *APIServer {
 		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file=" + accountsPublic,
 		"--service-account-signing-key-file=" + accounts,
-		"--service-cluster-ip-range=10.0.0.0/24", "--endpoint-reconciler-type=none", "--shutdown-delay-duration=0", "-v=0",
+		"--service-cluster-ip-range=10.0.0.0/24", "--endpoint-reconciler-type=none", "--allow-privileged=true", "--shutdown-delay-duration=0", "-v=0",
 	}
 	s.Client, err = kubernetes.NewForConfig(s.Config(t, KubeAdmin))
 	must(t, err)

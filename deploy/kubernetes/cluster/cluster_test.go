@@ -87,9 +87,10 @@ func (c *cluster) apply(t *testing.T, dir string) []*unstructured.Unstructured {
 	must(t, dir, err)
 	var all []*unstructured.Unstructured
 	for _, r := range built.Resources() {
-		object, err := r.Map()
+		text, err := r.MarshalJSON()
 		must(t, r.GetName(), err)
-		o := &unstructured.Unstructured{Object: object}
+		o := &unstructured.Unstructured{}
+		must(t, r.GetName(), o.UnmarshalJSON(text))
 		kind := o.GroupVersionKind()
 		known, err := c.kinds.RESTMapping(kind.GroupKind(), kind.Version)
 		must(t, dir, err)
@@ -101,8 +102,6 @@ func (c *cluster) apply(t *testing.T, dir string) []*unstructured.Unstructured {
 			}
 			to = c.dynamic.Resource(known.Resource).Namespace(ns)
 		}
-		text, err := o.MarshalJSON()
-		must(t, o.GetName(), err)
 		_, err = to.Patch(t.Context(), o.GetName(), types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", FieldValidation: "Strict"})
 		must(t, fmt.Sprintf("%s: apply %s %s", dir, kind.Kind, o.GetName()), err)
 		all = append(all, o)
