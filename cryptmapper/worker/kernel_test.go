@@ -533,6 +533,21 @@ func TestKernelResize(t *testing.T) {
 	}
 }
 
+// A volume keeps the sectors that it was formatted with, whatever its device
+// would suggest after it grew.
+func TestKernelResizeKeepsSectors(t *testing.T) {
+	f := newFixture(t, 40*mib+512, dek.IntegrityNone)
+	f.made(t, "sectors of 512")
+	f.close(t)
+	kernel.Grow(t, f.v.Device, 80*mib)
+	if m := f.open(t); string(readAt(t, m.Path, 0, 14)) != "sectors of 512" {
+		t.Errorf("after growth: %+v", m)
+	}
+	if m, err := f.Resize(t.Context(), f.v, f.d); err != nil || m.Size != 64*mib {
+		t.Errorf("Resize = %+v, %v", m, err)
+	}
+}
+
 func TestKernelResizeKilledAtEveryStep(t *testing.T) {
 	for step := 1; ; step++ {
 		f := newFixture(t, 40*mib, dek.IntegrityNone)
