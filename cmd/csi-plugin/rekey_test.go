@@ -44,7 +44,7 @@ func newTakeover(t *testing.T) *takeover {
 		"exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "key-service"), "exec:"+filepath.Join(bin, "loopdriver"))
 	kernel.NoLeaks(t)
 	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, KeyService: true,
-		PluginArgs: []string{"--create-keys=false", "--key-service-protocol=constellation"}})
+		PluginArgs: []string{"--key-service-protocol=constellation"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +58,7 @@ func newTakeover(t *testing.T) *takeover {
 		}
 	})
 	k.must("restarting the key service", s.StopKeyService(syscall.SIGTERM))
-	k.must("restarting the key service", s.StartKeyService(t.Context(), "--kms-uri="+s.KEK(), "--storage-uri="+s.Store(), "--constellation-api"))
+	k.must("restarting the key service", s.StartKeyService(t.Context(), "--kms-uri="+s.KEK(), "--storage-uri="+s.Store(), "--constellation-api", "--volume-policy=any"))
 	k.secret, k.salt = k.file("master-secret"), k.file("salt")
 	return k
 }
@@ -157,7 +157,7 @@ func (k *takeover) fromKMS() string {
 func (k *takeover) restart(args ...string) {
 	k.Helper()
 	k.must("stopping csi-plugin", k.StopPlugin(syscall.SIGTERM))
-	k.SetPluginArgs(append([]string{"--create-keys=false"}, args...)...)
+	k.SetPluginArgs(args...)
 	k.must("starting csi-plugin", k.StartPlugin(k.Context()))
 }
 
@@ -174,10 +174,13 @@ func TestKernelTakeover(t *testing.T) {
 
 func (k *takeover) tell(name string, integrity bool) {
 	ctx := k.Context()
-	fstype, rekey := "ext4", []string{k.fromKMS(), "--key-service=" + k.KeySocket()}
+	fstype, rekey := "ext4", append(k.KeyServiceArgs(stack.OperatorIdentity), k.fromKMS())
 	if integrity {
 		fstype = "ext4-integrity"
-		rekey = []string{"--from-key-service=" + k.KeySocket(), "--kms-uri=" + k.KEK(), "--storage-uri=" + k.Store(), "--integrity=hmac-sha256"}
+		rekey = []string{"--kms-uri=" + k.KEK(), "--storage-uri=" + k.Store(), "--integrity=hmac-sha256"}
+		for _, arg := range k.KeyServiceArgs(stack.OperatorIdentity) {
+			rekey = append(rekey, strings.Replace(arg, "--", "--from-", 1))
+		}
 	}
 	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability(fstype), nil)
 	k.must("Create", err)

@@ -147,11 +147,13 @@ func (s *Stack) Unseal(ctx context.Context, masterSecret string) (string, error)
 	return string(out), err
 }
 
-// nodeArgs are csi-plugin's. It gives up a missing service after four seconds,
-// where kubelet's patience would be two minutes.
-func (k *keyService) nodeArgs() []string {
-	return []string{"--key-service=dns:///" + k.address, "--key-service-timeout=1s", "--key-service-ca-file=" + k.files.ca(),
-		"--key-service-cert-file=" + k.files.cert(NodeIdentity), "--key-service-key-file=" + k.files.key(NodeIdentity)}
+// KeyServiceArgs are the flags with which csi-plugin asks the key service as one
+// of the identities. It gives up a missing service after four seconds, where
+// kubelet's patience would be two minutes.
+func (s *Stack) KeyServiceArgs(identity string) []string {
+	f := s.keys.files
+	return []string{"--key-service=" + s.KeyAddress(), "--key-service-timeout=1s", "--key-service-ca-file=" + f.ca(),
+		"--key-service-cert-file=" + f.cert(identity), "--key-service-key-file=" + f.key(identity)}
 }
 
 // certificates is a folder with an authority's certificate and those that it

@@ -132,7 +132,7 @@ func (s *Stack) StartPlugin(ctx context.Context) (err error) {
 		"--kubelet-dir=" + s.KubeletDir(), "--node-name=" + Node1,
 	}
 	if s.keys != nil {
-		args = append(args, s.keys.nodeArgs()...)
+		args = append(args, s.KeyServiceArgs(NodeIdentity)...)
 	} else {
 		args = append(args, "--create-keys", "--kms-uri="+s.KEK(), "--storage-uri="+s.Store())
 	}
