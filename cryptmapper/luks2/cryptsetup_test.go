@@ -88,6 +88,9 @@ func TestCryptsetupFormats(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if h, err = h.With(h.Token, key); err != nil { // our own JSON of the token in place of libcryptsetup's
+		t.Fatal(err)
+	}
 	if err := h.Write(own, func(string) {}); err != nil {
 		t.Fatal(err)
 	}
