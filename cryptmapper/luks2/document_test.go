@@ -87,9 +87,7 @@ func vector(t testing.TB) (dump, key []byte, macKey, mac string) {
 	dump = make([]byte, 32768+258048)
 	copy(dump, unhex("binary header, bytes 0 to 511"))
 	copy(dump[4096:], row("JSON"))
-	for i := range 258048 {
-		dump[32768+i] = byte(i * 7)
-	}
+	copy(dump[32768:], pattern(258048))
 	return dump, unhex("DEK"), row("MAC key"), row("MAC")
 }
 
@@ -138,9 +136,7 @@ func TestFirstVector(t *testing.T) {
 	copy(dump[104:168], bytes.Repeat([]byte{0xa5}, 64))
 	copy(dump[168:], uuid)
 	copy(dump[4096:], `{"keyslots":{"0":{"type":"luks2","key_size":64,"area":{"type":"raw","offset":"32768","size":"65536"}}},"tokens":{"0":{"type":"cryptcsi","keyslots":["0"],"version":1,"dek_id":"test.cryptcsi.io/vol-1","sequence":1,"made":false,"size":50565120,"mac":"2qHdUrw3888IG+B9WqwhlxgvIooQ4hjYFUUlU4dcEAU="}},"segments":{},"digests":{},"config":{}}`)
-	for i := range 65536 {
-		dump[32768+i] = byte(i * 7)
-	}
+	copy(dump[32768:], pattern(65536))
 	stored, computed, err := documentMAC(dump, newKey(1).Expose())
 	if err != nil || stored != computed {
 		t.Errorf("stored %s, computed %s, %v", stored, computed, err)

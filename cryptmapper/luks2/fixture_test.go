@@ -115,6 +115,15 @@ func twice(first []byte) []byte {
 	return head
 }
 
+// pattern is what stands for key material.
+func pattern(size int) []byte {
+	period := make([]byte, 256)
+	for i := range period {
+		period[i] = byte(i * 7)
+	}
+	return bytes.Repeat(period, size/len(period))
+}
+
 // areaSize is that of the keyslot area with this volume key.
 func (f fixture) areaSize() int {
 	if f.want.Spec.Integrity == dek.IntegrityHMAC {
@@ -129,9 +138,7 @@ func (f fixture) areaSize() int {
 func (f fixture) disk(t testing.TB, key secret.Bytes) *disk {
 	t.Helper()
 	d := &disk{data: make([]byte, 512<<10), writes: -1}
-	for i := range f.areaSize() {
-		d.data[32768+i] = byte(i * 7)
-	}
+	copy(d.data[32768:], pattern(f.areaSize()))
 	copy(d.data, f.head)
 	if f.ours {
 		d.reseal(key)
