@@ -13,9 +13,6 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
-// MaxGiven bounds a request with what an operator gives, in bytes.
-const MaxGiven = 128 << 10
-
 // The most that a Given may hold.
 const (
 	maxURIs  = 16

@@ -138,6 +138,8 @@ const (
 	maxRequest = 8 << 10
 	maxName    = 256
 	maxUUID    = 64
+	// maxGiven bounds a request with a Given, which carries files.
+	maxGiven = 128 << 10
 )
 
 // Server answers KeyService, Admin and, if asked to, Constellation's API. Its
@@ -228,12 +230,13 @@ func (s *Server) Register(r grpc.ServiceRegistrar) {
 	}
 }
 
-// ServerOptions returns the options of a gRPC server in front of a Server:
+// ServerOptions returns the options of a gRPC server in front of a Server, or of
+// something else that takes a Given:
 // limits, and an age at which connections are renewed, so that a certificate
 // that expired or an authority that was removed does not live on in one.
 func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.MaxRecvMsgSize(MaxGiven),
+		grpc.MaxRecvMsgSize(maxGiven),
 		grpc.MaxHeaderListSize(32 << 10),
 		grpc.MaxConcurrentStreams(128), // each may hold a request of maxUnseal before anybody knows whose it is
 		grpc.ConnectionTimeout(10 * time.Second),

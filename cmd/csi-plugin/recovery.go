@@ -63,8 +63,8 @@ func (f *recoveryFlags) check() error {
 	return nil
 }
 
-// options are those of the gRPC server: mutual TLS, and limits for somebody
-// who is not known yet. None where there is no recovery.
+// options are those of the gRPC server: the key service's, and mutual TLS. None
+// where there is no recovery.
 func (f *recoveryFlags) options(log *slog.Logger) ([]grpc.ServerOption, error) {
 	if !f.on() {
 		return nil, nil
@@ -74,10 +74,7 @@ func (f *recoveryFlags) options(log *slog.Logger) ([]grpc.ServerOption, error) {
 	if err != nil {
 		return nil, fmt.Errorf("--recovery-listen: %w", err)
 	}
-	return []grpc.ServerOption{
-		grpc.Creds(credentials.NewTLS(conf)), grpc.MaxRecvMsgSize(keyservice.MaxGiven), grpc.MaxHeaderListSize(32 << 10),
-		grpc.MaxConcurrentStreams(4), grpc.ConnectionTimeout(10 * time.Second),
-	}, nil
+	return append(keyservice.ServerOptions(), grpc.Creds(credentials.NewTLS(conf))), nil
 }
 
 // listen listens for operators. serve answers them until ctx ends, and after
