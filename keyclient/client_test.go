@@ -287,6 +287,8 @@ func TestAdmin(t *testing.T) {
 	if got := seen.codes(); !slices.Equal(got, []string{"OK", "OK", "Unavailable"}) {
 		t.Errorf("attempts %v", got)
 	}
+	_, err = c.Recover(t.Context(), u)
+	mustBe(t, "Recover of what is no node that waits", err, errdefs.ErrInvalid, "Recover")
 	_, err = c.GetDEK(t.Context(), id)
 	mustBe(t, "GetDEK of what is no key service", err, errdefs.ErrInvalid, "is it a key service")
 }

@@ -89,8 +89,9 @@ func constellationRefuses(t *testing.T, c *keyclient.Client) {
 	_, claimErr := c.ClaimFormat(ctx, uuid, dek.Claim{Node: "n", UUID: uuid})
 	_, statusErr := c.Status(ctx)
 	_, unsealErr := c.Unseal(ctx, keyclient.Given{})
+	_, recoverErr := c.Recover(ctx, keyclient.Given{})
 	for method, err := range map[string]error{
-		"CreateDEK": createErr, "ClaimFormat": claimErr, "Status": statusErr, "Unseal": unsealErr,
+		"CreateDEK": createErr, "ClaimFormat": claimErr, "Status": statusErr, "Unseal": unsealErr, "Recover": recoverErr,
 		"ConfirmDEK": c.ConfirmDEK(ctx, uuid, dek.HeaderID{UUID: uuid}),
 		"RewrapDEK":  c.RewrapDEK(ctx, uuid), "DeleteDEK": c.DeleteDEK(ctx, uuid),
 	} {
