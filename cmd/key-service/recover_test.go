@@ -50,7 +50,12 @@ func (w *waiting) serve(t *testing.T, cert, key string) (address string) {
 	keyservicev1.RegisterRecoveryServer(server, w)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(lis) }()
-	t.Cleanup(func() { server.Stop(); <-served })
+	t.Cleanup(func() {
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
 	return "dns:///" + lis.Addr().String()
 }
 
