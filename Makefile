@@ -134,7 +134,7 @@ generate: install ## write generated code anew
 
 .PHONY: manifests
 manifests: install ## check deploy/ against the API's types, a real API server and our programs
-	@test/install.sh peers=kube
+	@test/install.sh peers=kube && test/install.sh peers=promql
 	go test -count=1 ./deploy/...
 
 .PHONY: image

@@ -82,6 +82,7 @@ func importRules() []rule {
 		}, "mains wire; packages of tests and the worker's half stay out"},
 		{"deploy/kubernetes", nil, "manifests; the Go there is a test of them"},
 		{"deploy/kubernetes/cluster", nil, "a test of them against a real API server"},
+		{"deploy/kubernetes/components/monitoring", nil, "a test of alerts and dashboard"},
 		{"test/...", []string{"..."}, "tests may look at everything"},
 	}
 }

@@ -329,6 +329,22 @@ func TestRules(t *testing.T) {
 	}
 }
 
+// TestMonitored: Prometheus finds the metrics of all that show some.
+func TestMonitored(t *testing.T) {
+	objects := build(t, "examples/key-service-monitored")
+	monitors := of[*podMonitor](objects)
+	if len(monitors) != 1 {
+		t.Fatalf("%d PodMonitors", len(monitors))
+	}
+	for _, pod := range pods(objects) {
+		selects(t, "PodMonitor", &monitors[0].Spec.Selector, pod.Labels)
+		port := monitors[0].Spec.PodMetricsEndpoints[0].Port
+		if c := pod.Spec.Containers[0]; !slices.ContainsFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.Name == port }) {
+			t.Errorf("%s has no port %s", c.Name, port)
+		}
+	}
+}
+
 // documented are the rules in package kube's comment.
 func documented(t *testing.T) []rbacv1.PolicyRule {
 	t.Helper()

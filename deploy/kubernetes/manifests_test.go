@@ -20,6 +20,7 @@ import (
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/api/types"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
@@ -69,7 +70,27 @@ func newObject(kind string) any {
 	case "storage.k8s.io/v1/StorageClass":
 		return &storagev1.StorageClass{}
 	}
+	if kind == "monitoring.coreos.com/v1/PodMonitor" {
+		return &podMonitor{}
+	}
+	if kind == "monitoring.coreos.com/v1/PrometheusRule" {
+		return &map[string]any{} // components/monitoring looks into it
+	}
 	return nil
+}
+
+// podMonitor is the part of the Prometheus operator's type that we use.
+type podMonitor struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              struct {
+		Selector            metav1.LabelSelector `json:"selector"`
+		JobLabel            string               `json:"jobLabel"`
+		PodMetricsEndpoints []struct {
+			Port     string `json:"port"`
+			Interval string `json:"interval"`
+		} `json:"podMetricsEndpoints"`
+	} `json:"spec"`
 }
 
 // build returns the decoded objects of a kustomization.

@@ -38,12 +38,6 @@ func TestKernelKeyService(t *testing.T) {
 			t.Log(s.Logs())
 		}
 	})
-	must := func(what string, err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatalf("%s: %v", what, err)
-		}
-	}
 	unavailable := func(what string, err error, words string) {
 		t.Helper()
 		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), words) {
@@ -52,18 +46,18 @@ func TestKernelKeyService(t *testing.T) {
 	}
 
 	v, err := s.Create(ctx, "one", 64<<20, stack.MountCapability("ext4"), nil)
-	must("Create", err)
-	must("Stage", v.Stage(ctx))
-	must("Publish", v.Publish(ctx))
+	must(t, "Create", err)
+	must(t, "Stage", v.Stage(ctx))
+	must(t, "Publish", v.Publish(ctx))
 	content := []byte("kept")
-	must("write", os.WriteFile(filepath.Join(v.Target, "data"), content, 0o600))
-	must("Unpublish", v.Unpublish(ctx))
-	must("Unstage", v.Unstage(ctx))
+	must(t, "write", os.WriteFile(filepath.Join(v.Target, "data"), content, 0o600))
+	must(t, "Unpublish", v.Unpublish(ctx))
+	must(t, "Unstage", v.Unstage(ctx))
 
-	must("stop the key service", s.StopKeyService(syscall.SIGTERM))
+	must(t, "stop the key service", s.StopKeyService(syscall.SIGTERM))
 	unavailable("Stage without the key service", v.Stage(ctx), s.KeyAddress())
 
-	must("start it sealed", s.StartKeyService(ctx, "--sealed"))
+	must(t, "start it sealed", s.StartKeyService(ctx, "--sealed"))
 	unavailable("Stage while it is sealed", v.Stage(ctx), "sealed")
 	if out, err := s.Unseal(ctx, s.Path("salt")); err == nil {
 		t.Errorf("unsealed with a wrong secret: %s", out)
@@ -72,13 +66,13 @@ func TestKernelKeyService(t *testing.T) {
 	if out, err := s.Unseal(ctx, s.Path("master-secret")); err != nil {
 		t.Fatalf("unseal: %v: %s", err, out)
 	}
-	must("Stage", v.Stage(ctx))
-	must("Publish", v.Publish(ctx))
+	must(t, "Stage", v.Stage(ctx))
+	must(t, "Publish", v.Publish(ctx))
 	got, err := os.ReadFile(filepath.Join(v.Target, "data"))
 	if err != nil || !bytes.Equal(got, content) {
 		t.Errorf("read %q, %v; want %q", got, err, content)
 	}
-	must("Unpublish", v.Unpublish(ctx))
-	must("Unstage", v.Unstage(ctx))
-	must("Delete", v.Delete(ctx))
+	must(t, "Unpublish", v.Unpublish(ctx))
+	must(t, "Unstage", v.Unstage(ctx))
+	must(t, "Delete", v.Delete(ctx))
 }
