@@ -180,6 +180,11 @@ func writeFrame(w io.Writer, b []byte) error {
 	if _, err := w.Write(binary.BigEndian.AppendUint32(nil, uint32(len(b)))); err != nil {
 		return err
 	}
+	if len(b) == 0 {
+		// The reader may have all that it needs, and be done and gone: even
+		// a write of nothing would then fail.
+		return nil
+	}
 	_, err := w.Write(b)
 	return err
 }
