@@ -116,6 +116,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/internal/gcpconfig"
 	"github.com/cryptcsi/cryptcsi/kms"
 )
 
@@ -125,7 +126,7 @@ const (
 	// Mechanism of every wrapped key.
 	Mechanism = "google-symmetric-encryption"
 
-	paramCredentials, paramEndpoint, paramCA = "credentials-file", "endpoint", "ca-file"
+	paramEndpoint, paramCA = "endpoint", "ca-file"
 
 	maxAnswer = 4 << 20  // of one call, in bytes: a page of a list is far smaller
 	maxHeader = 64 << 10 // of its metadata
@@ -140,13 +141,13 @@ type Backend struct {
 	client *kmsapi.KeyManagementClient
 	key    string // the CryptoKey's resource name
 	where  string // what of the URI's query belongs into kms.Key.URI
-	caller caller
-	tokens *tokens // nil over plaintext
+	caller gcpconfig.Caller
+	tokens *gcpconfig.Tokens // nil over plaintext
 }
 
 // Open is the kms.Opener. It reads the files and does not call the service.
 func Open(ctx context.Context, u *url.URL) (kms.Backend, error) {
-	params, err := kms.Params(u, paramCredentials, paramEndpoint, paramCA)
+	params, err := kms.Params(u, gcpconfig.ParamFile, paramEndpoint, paramCA)
 	if err != nil {
 		return nil, err
 	}
@@ -155,7 +156,7 @@ func Open(ctx context.Context, u *url.URL) (kms.Backend, error) {
 			"the URI must name a CryptoKey, its project by ID and without a version: %s://projects/P/locations/L/keyRings/R/cryptoKeys/K", Scheme)
 	}
 	b := &Backend{key: u.Host + u.Path, where: query(params, paramEndpoint, paramCA)}
-	if b.caller, err = findCaller(params[paramCredentials]); err != nil {
+	if b.caller, err = gcpconfig.FindCaller(params[gcpconfig.ParamFile]); err != nil {
 		return nil, err
 	}
 	target, security, err := b.transport(params[paramEndpoint], params[paramCA])
@@ -214,7 +215,7 @@ func (b *Backend) transport(endpoint, caFile string) (target string, security []
 		return "passthrough:///" + plain, []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}, nil
 	}
 	if endpoint == "" {
-		endpoint = "cloudkms." + b.caller.universe() + ":443"
+		endpoint = "cloudkms." + b.caller.Universe() + ":443"
 	}
 	host, port, err := net.SplitHostPort(endpoint)
 	if err != nil || host == "" || port == "" || strings.ContainsAny(endpoint, "/?#") {
@@ -226,16 +227,16 @@ func (b *Backend) transport(endpoint, caFile string) (target string, security []
 			return "", nil, err
 		}
 	}
-	if b.tokens, err = newTokens(b.caller); err != nil {
+	if b.tokens, err = b.caller.Tokens(gcpconfig.Need{Scopes: kmsapi.DefaultAuthScopes(), SelfSigned: true}); err != nil {
 		return "", nil, err
 	}
 	return "dns:///" + endpoint, []grpc.DialOption{
-		grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithPerRPCCredentials(b.tokens),
+		grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithPerRPCCredentials(perCall{b.tokens}),
 	}, nil
 }
 
 func readCA(file string) (*x509.CertPool, error) {
-	data, err := readFile(paramCA, file)
+	data, err := gcpconfig.ReadFile(paramCA, file)
 	if err != nil {
 		return nil, err
 	}
@@ -244,6 +245,24 @@ func readCA(file string) (*x509.CertPool, error) {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "the %s %s holds no certificate (PEM)", paramCA, file)
 	}
 	return pool, nil
+}
+
+// perCall is credentials.PerRPCCredentials: an access token with every call.
+type perCall struct{ *gcpconfig.Tokens }
+
+// RequireTransportSecurity keeps tokens off plaintext connections.
+func (perCall) RequireTransportSecurity() bool { return true }
+
+// GetRequestMetadata returns the headers of a call. Its errors are gRPC's.
+func (p perCall) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	headers, err := p.Headers(ctx)
+	switch {
+	case errors.Is(err, errdefs.ErrDenied):
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	case err != nil:
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return headers, nil
 }
 
 // Wrap encrypts under the primary version.
@@ -349,7 +368,7 @@ func (b *Backend) fault(ctx context.Context, err error, c classes) error {
 		return errdefs.Errorf(errdefs.ErrDenied, "%s", text)
 	case codes.Unauthenticated:
 		if b.tokens != nil {
-			b.tokens.forget()
+			b.tokens.Forget()
 		}
 		return errdefs.Errorf(errdefs.ErrDenied, "credentials from %s: %s", b.caller, text)
 	case codes.NotFound:

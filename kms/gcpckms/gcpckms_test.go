@@ -433,8 +433,8 @@ func TestNoPlaintextInLogs(t *testing.T) {
 }
 
 func TestOpenRefuses(t *testing.T) {
-	noAccount(t)
-	account := write(t, serviceAccount(t))
+	gcpfake.NoAccount(t)
+	account := write(t, gcpfake.ServiceAccount(t, "https://nobody.invalid/token"))
 	for _, tt := range []struct{ uri, want string }{
 		{"gcpckms://projects/p/locations/l/keyRings/r", "must name a CryptoKey"},
 		{key + "/cryptoKeyVersions/1", "without a version"},
@@ -456,13 +456,8 @@ func TestOpenRefuses(t *testing.T) {
 		{key + "?ca-file=/nowhere/ca.pem", "/nowhere/ca.pem"},
 		{key + "?ca-file=" + account, "no certificate"},
 		{key + "?credentials-file=/nowhere/account.json", "/nowhere/account.json"},
-		{key + "?credentials-file=" + t.TempDir(), "regular file"},
-		{key + "?credentials-file=" + write(t, "S3CR3T"), "is no JSON"},
 		{key + "?credentials-file=" + write(t, `{"type": "service_account", "private_key": "S3CR3T"}`), "private_key does not parse"},
-		{key + "?credentials-file=" + write(t, `{"installed": {"client_secret": "S3CR3T"}}`), `type ""`},
-		{key + "?credentials-file=" + write(t, `{"type": "gdch_service_account"}`), `type "gdch_service_account"`},
 		{key + "?credentials-file=" + write(t, `{"type": "external_account", "credential_source": {"executable": {"command": "/bin/S3CR3T"}}}`), "run a program"},
-		{key + "?credentials-file=" + write(t, strings.Repeat(" ", 70000)), "regular file"},
 	} {
 		_, err := mux().Open(t.Context(), tt.uri)
 		if !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), tt.want) {

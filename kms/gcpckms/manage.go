@@ -110,9 +110,9 @@ func (b *Backend) existing(ctx context.Context, n kms.NewKey) (*kmspb.CryptoKey,
 // policy parses an IAM policy, or makes the default one.
 func (b *Backend) policy(ctx context.Context, document []byte) (*iampb.Policy, error) {
 	if document == nil {
-		email, err := b.caller.email(ctx)
+		email, err := b.caller.Email(ctx)
 		if err != nil {
-			return nil, err
+			return nil, errdefs.Errorf(errdefs.Class(err), "the default policy needs an account: %w; give a policy (version 3 JSON)", err)
 		}
 		members := []string{"serviceAccount:" + email}
 		return &iampb.Policy{Version: 3, Bindings: []*iampb.Binding{

@@ -57,17 +57,17 @@ func defaultFor(account string) []string {
 
 // TestDefaultPolicy binds the account that the credentials belong to.
 func TestDefaultPolicy(t *testing.T) {
-	noAccount(t)
-	s, server := gcpfake.Start(t), startTokens(t)
+	gcpfake.NoAccount(t)
+	s, server := gcpfake.Start(t), gcpfake.StartTokens(t)
 	plain := "gcpckms://%s?endpoint=" + s.Endpoint
 	impersonating := write(t, `{"type": "external_account", "service_account_impersonation_url":
 		"https://iamcredentials.googleapis.com/v1/projects/-/serviceAccounts/sa@p.iam.gserviceaccount.com:generateAccessToken"}`)
 	for name, tt := range map[string]struct{ uri, want string }{
 		"account":       {s.URI("account"), gcpfake.Account},
 		"impersonating": {fmt.Sprintf(plain, s.KeyName("impersonating")) + "&credentials-file=" + impersonating, "sa@p.iam.gserviceaccount.com"},
-		"vm":            {fmt.Sprintf(plain, s.KeyName("vm")), "vm@fake-project.iam.gserviceaccount.com"},
+		"vm":            {fmt.Sprintf(plain, s.KeyName("vm")), gcpfake.VM},
 	} {
-		t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(server.URL, "http://"))
+		t.Setenv("GCE_METADATA_HOST", server.MetadataHost())
 		if _, err := opened(t, tt.uri).CreateKey(t.Context(), spec("one")); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -81,7 +81,7 @@ func TestDefaultPolicy(t *testing.T) {
 		"nowhere":   "",
 	} {
 		if name == "nowhere" {
-			server.status.Store(404)
+			server.Status.Store(404)
 		}
 		kek := opened(t, fmt.Sprintf(plain, s.KeyName(name))+query)
 		if _, err := kek.CreateKey(t.Context(), spec("one")); !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), "default policy") {
