@@ -495,7 +495,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"gs://bucket?endpoint=http://example.com", "loopback"},
 		{"gs://bucket?endpoint=ftp://127.0.0.1", "endpoint"},
 		{"gs://bucket?credentials-file=/does/not/exist", "credentials file"},
-		{"gs://bucket?credentials-file=/dev/null", "JSON"},
+		{"gs://bucket?credentials-file=/dev/null", "regular file"},
 		{"gs://b", "gs://BUCKET"},
 		{"azblob://container", "storage-account"},
 		{"azblob://container?storage-account=a.b", "storage-account"},

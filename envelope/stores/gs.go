@@ -1,6 +1,7 @@
 package stores
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"hash/crc32"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/internal/gcpconfig"
 )
 
 // openGS opens a bucket of Google Cloud Storage:
@@ -28,12 +30,13 @@ import (
 //	gs://BUCKET?credentials-file=/etc/cryptcsi/gcp.json
 //	gs://BUCKET?project=my-project&region=europe-west3   for making the bucket
 //
-// Credentials are application default ones, or those in the JSON file, which
-// is read again when it changes. endpoint is for private endpoints
-// (https://HOST); with http://, on loopback only, it is a server for tests and
-// no credentials are sent. A version is the object's generation.
+// Credentials are found as for gcpckms. The file is read again for every new
+// access token, hourly at the latest and when a token was refused. endpoint is
+// for private endpoints (https://HOST); with http://, on loopback only, it is a
+// server for tests and no credentials are sent. HTTPS_PROXY and NO_PROXY are
+// obeyed. A version is the object's generation.
 func openGS(ctx context.Context, u *url.URL) (envelope.Store, error) {
-	const file, endpoint, project, region, prefix = "credentials-file", "endpoint", "project", "region", "prefix"
+	const file, endpoint, project, region, prefix = gcpconfig.ParamFile, "endpoint", "project", "region", "prefix"
 	bucket, err := bucketOf(u, `^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$`, "gs://BUCKET")
 	if err != nil {
 		return nil, err
@@ -42,39 +45,10 @@ func openGS(ctx context.Context, u *url.URL) (envelope.Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	plain, err := checkEndpoint(params[endpoint])
+	client, transport, err := newGSClient(ctx, params[file], params[endpoint])
 	if err != nil {
 		return nil, err
 	}
-	transport := &http.Transport{
-		Proxy:               http.ProxyFromEnvironment,
-		DialContext:         (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
-		TLSHandshakeTimeout: 10 * time.Second,
-		ForceAttemptHTTP2:   true,
-		MaxIdleConnsPerHost: 10,
-		IdleConnTimeout:     90 * time.Second,
-	}
-	rt := &gcpTransport{next: transport}
-	if !plain {
-		if rt.credentials, err = newGCPCredentials(params[file]); err != nil {
-			return nil, err
-		}
-	}
-	options := []option.ClientOption{
-		option.WithHTTPClient(&http.Client{
-			Transport:     rt,
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		}),
-		storage.WithJSONReads(),
-	}
-	if params[endpoint] != "" {
-		options = append(options, option.WithEndpoint(params[endpoint]+"/storage/v1/"))
-	}
-	client, err := storage.NewClient(ctx, options...)
-	if err != nil {
-		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
-	}
-	client.SetRetry(storage.WithMaxAttempts(3), storage.WithBackoff(gax.Backoff{Initial: 200 * time.Millisecond, Max: 2 * time.Second}))
 	b, err := gcsblob.OpenBucket(ctx, nil, bucket, &gcsblob.Options{Client: client})
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
@@ -93,6 +67,79 @@ func openGS(ctx context.Context, u *url.URL) (envelope.Store, error) {
 		},
 		deniedRead: " (without storage.objects.list an object that does not exist is refused like this too)",
 	}, nil
+}
+
+// newGSClient returns a client and what its connections are in.
+func newGSClient(ctx context.Context, file, endpoint string) (*storage.Client, *http.Transport, error) {
+	plain, err := checkEndpoint(endpoint)
+	if err != nil {
+		return nil, nil, err
+	}
+	transport := &http.Transport{
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
+		TLSHandshakeTimeout: 10 * time.Second,
+		ForceAttemptHTTP2:   true,
+		MaxIdleConnsPerHost: 10,
+		IdleConnTimeout:     90 * time.Second,
+	}
+	bounded := gsTransport{next: transport}
+	if !plain {
+		caller, err := gcpconfig.FindCaller(file)
+		if err != nil {
+			return nil, nil, err
+		}
+		if bounded.tokens, err = caller.Tokens(gcpconfig.Need{Scopes: []string{"https://www.googleapis.com/auth/cloud-platform"}}); err != nil {
+			return nil, nil, err
+		}
+		endpoint = cmp.Or(endpoint, "https://storage."+caller.Universe())
+	}
+	client, err := storage.NewClient(ctx,
+		option.WithHTTPClient(&http.Client{
+			Transport:     bounded,
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		}),
+		option.WithoutAuthentication(),               // or it looks for credentials of its own
+		option.WithEndpoint(endpoint+"/storage/v1/"), // or the environment has a say
+		storage.WithJSONReads(),
+	)
+	if err != nil {
+		return nil, nil, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
+	}
+	client.SetRetry(storage.WithMaxAttempts(3), storage.WithBackoff(gax.Backoff{Initial: 200 * time.Millisecond, Max: 2 * time.Second}))
+	return client, transport, nil
+}
+
+// gsTransport sends requests with an access token, and bounds what is answered.
+type gsTransport struct {
+	next   http.RoundTripper
+	tokens *gcpconfig.Tokens // nil: a server for tests
+}
+
+// RoundTrip is part of http.RoundTripper.
+func (t gsTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if t.tokens != nil {
+		headers, err := t.tokens.Headers(r.Context())
+		if err != nil {
+			if r.Body != nil {
+				_ = r.Body.Close()
+			}
+			return nil, err
+		}
+		r = r.Clone(r.Context())
+		for name, value := range headers {
+			r.Header.Set(name, value)
+		}
+	}
+	answer, err := t.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	if answer.StatusCode == http.StatusUnauthorized && t.tokens != nil {
+		t.tokens.Forget()
+	}
+	answer.Body = http.MaxBytesReader(nil, answer.Body, maxAnswer)
+	return answer, nil
 }
 
 // checkEndpoint says whether an endpoint is a server for tests.
