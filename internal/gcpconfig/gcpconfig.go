@@ -5,6 +5,7 @@
 package gcpconfig
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"io"
@@ -68,30 +69,24 @@ func (t *there) UnmarshalJSON([]byte) error {
 // impersonated_service_account or authorized_user, and names no program to
 // run. ErrInvalid for any other one.
 func FindCaller(file string) (Caller, error) {
-	if file == "" {
-		file = os.Getenv(envFile)
-	}
-	if file == "" {
-		if file = gcloudFile(); !exists(file) {
-			return Caller{}, nil
-		}
+	if file = cmp.Or(file, os.Getenv(envFile), gcloudFile()); file == "" {
+		return Caller{}, nil
 	}
 	_, seen, err := readCredentials(file)
 	return Caller{file, seen}, err
 }
 
-// gcloudFile is where `gcloud auth application-default login` leaves its file.
+// gcloudFile is what `gcloud auth application-default login` left, if it did.
 func gcloudFile() string {
 	home, err := os.UserHomeDir()
 	if err != nil {
 		return ""
 	}
-	return filepath.Join(home, ".config", "gcloud", "application_default_credentials.json")
-}
-
-func exists(file string) bool {
-	_, err := os.Stat(file)
-	return file != "" && err == nil
+	file := filepath.Join(home, ".config", "gcloud", "application_default_credentials.json")
+	if _, err := os.Stat(file); err != nil {
+		return ""
+	}
+	return file
 }
 
 // readCredentials reads a file and checks its type.
