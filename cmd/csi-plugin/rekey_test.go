@@ -182,14 +182,15 @@ func (k *takeover) tell(name string, integrity bool) {
 			rekey = append(rekey, strings.Replace(arg, "--", "--from-", 1))
 		}
 	}
-	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability(fstype), nil)
+	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability("ext4"), nil)
 	k.must("Create", err)
+	v.Capability = stack.MountCapability(fstype)
 	k.refused("a blank disk", v.Stage(ctx), "no LUKS header")
 	uuid := k.make(v, integrity)
 
 	k.up(v, "theirs", "their words") // by its header
 	k.must("write", os.WriteFile(filepath.Join(v.Target, "ours"), []byte("our words"), 0o600))
-	if code, said := k.rekey(v, rekey...); code != 1 || !strings.Contains(said, "in use by something else") {
+	if code, said := k.rekey(v, rekey...); code != 1 || !strings.Contains(said, "the volume is open") {
 		k.Errorf("re-keying an open volume: %d, %s", code, said)
 	}
 	k.must("down", v.Down(ctx))

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
@@ -177,7 +178,7 @@ func (r *tornRekey) finished(area []byte) {
 		r.Error("what was put aside is still there")
 	}
 	path := filepath.Join(r.TempDir(), "finished")
-	if err := os.WriteFile(path, append(area[:len(area):len(area)], make([]byte, 16<<20)...), 0o600); err != nil {
+	if err := os.WriteFile(path, slices.Concat(area, make([]byte, 16<<20)), 0o600); err != nil {
 		r.Fatal(err)
 	}
 	for _, k := range []struct {
