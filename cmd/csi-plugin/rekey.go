@@ -14,9 +14,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
-	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/errdefs"
-	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
 	"github.com/cryptcsi/cryptcsi/keyclient"
 	"github.com/cryptcsi/cryptcsi/kms"
@@ -25,12 +23,11 @@ import (
 
 // rekeyFlags is the configuration of `csi-plugin rekey`.
 type rekeyFlags struct {
-	log                  logging.Flags
-	device, id, uuid     string
-	integrity, nodeName  string
-	worker               *string
-	keys, fromKeys       keyconfig.Flags // of the new key, and of the old one
-	service, fromService keyServiceFlags
+	log                 logging.Flags
+	device, id, uuid    string
+	integrity, nodeName string
+	worker              *string
+	keys, from          keyFlags // of the new key, and of the old one
 }
 
 func parseRekeyFlags(args []string, stderr io.Writer) (*rekeyFlags, error) {
@@ -44,13 +41,17 @@ func parseRekeyFlags(args []string, stderr io.Writer) (*rekeyFlags, error) {
 	fs.StringVar(&f.integrity, "integrity", "", `"hmac-sha256" for a volume that was made with integrity`)
 	fs.StringVar(&f.nodeName, "node-name", cmp.Or(os.Getenv("NODE_NAME"), hostname), "name of this node in the claim; default from $NODE_NAME, then the host name")
 	f.worker = workerFlag(fs)
-	f.keys.Add(fs)
-	f.service.add(fs)
-	addFrom(fs, f.fromKeys.Add, "kms-uri", "kms-uri-file", "kms-timeout")
-	addFrom(fs, f.fromService.add, "key-service", "key-service-ca-file", "key-service-cert-file", "key-service-key-file",
+	f.keys.direct.Add(fs)
+	f.keys.service.add(fs)
+	f.keys.create = true // its record
+	addFrom(fs, f.from.direct.Add, "kms-uri", "kms-uri-file", "kms-timeout")
+	addFrom(fs, f.from.service.add, "key-service", "key-service-ca-file", "key-service-cert-file", "key-service-key-file",
 		"key-service-token-file", "key-service-name", "key-service-timeout", "key-service-insecure-plaintext")
 	if err := parse(fs, args); err != nil {
 		return nil, err
+	}
+	if f.from.service.address != "" {
+		f.from.service.protocol = string(keyclient.ProtocolConstellation)
 	}
 	return f, f.check()
 }
@@ -67,8 +68,7 @@ func addFrom(fs *flag.FlagSet, add func(*flag.FlagSet), names ...string) {
 
 // check finds what can be found without touching anything.
 func (f *rekeyFlags) check() error {
-	kek, store := f.keys.Given()
-	fromKEK, _ := f.fromKeys.Given()
+	fromKEK, _ := f.from.direct.Given()
 	driverName, volumeID, _ := strings.Cut(f.id, "/")
 	wrong := func(format string, args ...any) error { return usageError("rekey: " + fmt.Sprintf(format, args...)) }
 	switch {
@@ -76,11 +76,9 @@ func (f *rekeyFlags) check() error {
 		return wrong("--device is required")
 	case dek.Integrity(f.integrity) != dek.IntegrityNone && dek.Integrity(f.integrity) != dek.IntegrityHMAC:
 		return wrong("--integrity %q: must be empty or %s", f.integrity, dek.IntegrityHMAC)
-	case (f.service.address != "") == (kek || store):
-		return wrong("where the new key comes from: give either --key-service, or --kms-uri and --storage-uri")
-	case f.service.protocol != "":
+	case f.keys.service.protocol != "":
 		return wrong("--key-service-protocol: the new key comes from a key service of cryptcsi; Constellation's is --from-key-service")
-	case (f.fromService.address != "") == fromKEK:
+	case (f.from.service.address != "") == fromKEK:
 		return wrong("where the old key comes from: give either --from-key-service, or --from-kms-uri")
 	}
 	if _, err := dek.VolumeID(driverName, volumeID); err != nil {
@@ -91,12 +89,7 @@ func (f *rekeyFlags) check() error {
 			return wrong("--luks-uuid: %v", err)
 		}
 	}
-	if kek || store {
-		if err := f.keys.Check(); err != nil {
-			return wrong("%v", err)
-		}
-	}
-	return nil
+	return f.keys.check("rekey")
 }
 
 // rekey gives a volume that Constellation made to a DEK of its own.
@@ -112,7 +105,7 @@ func rekey(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := secret.Harden(); err != nil {
 		return err
 	}
-	ours, closeOurs, err := f.openNew(ctx, log)
+	ours, closeOurs, err := f.keys.open(ctx, log, keyOptions{})
 	if err != nil {
 		return err
 	}
@@ -128,52 +121,23 @@ func rekey(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return r.run(ctx)
 }
 
-// openNew opens where the new key comes from.
-func (f *rekeyFlags) openNew(ctx context.Context, log *slog.Logger) (keys, func(), error) {
-	if f.service.address != "" {
-		c, err := keyclient.New(f.service.config())
-		return c, func() { _ = c.Close() }, err
-	}
-	opened, err := f.keys.Open(ctx, kms.Options{}, log)
-	if err != nil {
-		return nil, nil, err
-	}
-	var keyring *envelope.Keyring
-	if err = opened.Probe(ctx, log); err == nil {
-		keyring, err = opened.Keyring(envelope.Options{})
-	}
-	if err != nil {
-		return nil, nil, errors.Join(err, opened.Close())
-	}
-	return keyring, func() { _ = errors.Join(keyring.Close(), opened.Close()) }, nil
-}
-
-// config is the client's configuration.
-func (f *keyServiceFlags) config() keyclient.Config {
-	return keyclient.Config{
-		Address: f.address, CAFile: f.ca, CertFile: f.cert, KeyFile: f.key, TokenFile: f.token, ServerName: f.name,
-		Protocol: keyclient.Protocol(f.protocol), AllowPlaintextOverTheNetwork: f.plaintext, Timeout: f.timeout,
-	}
-}
-
 // derive returns the key that Constellation gives to a LUKS UUID; the caller
 // wipes it.
 type derive func(ctx context.Context, uuid string) (secret.Bytes, error)
 
 // openOld opens where the old key comes from.
 func (f *rekeyFlags) openOld(ctx context.Context, log *slog.Logger) (derive, func(), error) {
-	if f.fromService.address != "" {
-		f.fromService.protocol = string(keyclient.ProtocolConstellation)
-		c, err := keyclient.New(f.fromService.config())
+	if f.from.service.address != "" {
+		service, closeService, err := f.from.open(ctx, log, keyOptions{})
 		if err != nil {
 			return nil, nil, fmt.Errorf("--from-key-service: %w", err)
 		}
 		return func(ctx context.Context, uuid string) (secret.Bytes, error) {
-			d, err := c.GetDEK(ctx, dek.ID(uuid))
+			d, err := service.GetDEK(ctx, dek.ID(uuid))
 			return d.Key, err
-		}, func() { _ = c.Close() }, nil
+		}, closeService, nil
 	}
-	opened, err := f.fromKeys.Open(ctx, kms.Options{}, log)
+	opened, err := f.from.direct.Open(ctx, kms.Options{}, log)
 	if err != nil {
 		return nil, nil, err
 	}

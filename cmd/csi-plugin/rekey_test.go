@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver/drivertest"
+	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/test/stack"
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
@@ -58,7 +60,7 @@ func newTakeover(t *testing.T) *takeover {
 		}
 	})
 	k.must("restarting the key service", s.StopKeyService(syscall.SIGTERM))
-	k.must("restarting the key service", s.StartKeyService(t.Context(), "--kms-uri="+s.KEK(), "--storage-uri="+s.Store(), "--constellation-api", "--volume-policy=any"))
+	k.must("restarting the key service", s.StartKeyService(t.Context(), "--kms-uri="+s.KEK(), "--storage-uri="+s.Store(), "--constellation-api"))
 	k.secret, k.salt = k.file("master-secret"), k.file("salt")
 	return k
 }
@@ -139,7 +141,7 @@ func (k *takeover) refused(what string, err error, words ...string) {
 // rekey runs the verb.
 func (k *takeover) rekey(v *stack.Volume, args ...string) (code int, said string) {
 	var out bytes.Buffer
-	code = run(k.Context(), append([]string{"rekey", "--crypt-worker=" + filepath.Join(k.bin, "crypt-worker"), "--node-name=operator",
+	code = run(k.Context(), append([]string{"rekey", "--crypt-worker=" + filepath.Join(k.bin, "crypt-worker"), "--node-name=" + stack.Node1,
 		"--device=" + v.Device(), "--dek-id=" + k.Name + "/" + v.ID}, args...), &out, &out)
 	return code, out.String()
 }
@@ -151,6 +153,20 @@ func (k *takeover) fromKMS() string {
 	uri := "kms://cluster-kms?key=" + base64.URLEncoding.EncodeToString(k.secret) + "&salt=" + base64.URLEncoding.EncodeToString(k.salt)
 	k.must("writing the URI", os.WriteFile(path, []byte(uri), 0o600))
 	return "--from-kms-uri-file=" + path
+}
+
+// service are the flags that lead to the key service, as this node.
+func (k *takeover) service(prefix string) []string {
+	c := k.KeyClient(stack.NodeIdentity)
+	return []string{"--" + prefix + "key-service=" + c.Address, "--" + prefix + "key-service-ca-file=" + c.CAFile,
+		"--" + prefix + "key-service-cert-file=" + c.CertFile, "--" + prefix + "key-service-key-file=" + c.KeyFile}
+}
+
+// allow lets the node have the keys of these UUIDs, besides those of its volumes.
+func (k *takeover) allow(uuids ...string) {
+	k.Helper()
+	policy := fmt.Sprintf("%s: [%q]\n", stack.NodeIdentity, append([]string{"loop.cryptcsi.io/*"}, uuids...))
+	k.must("writing the policy", os.WriteFile(k.Path("policy.yaml"), []byte(strings.ReplaceAll(policy, `" "`, `", "`)), 0o600))
 }
 
 // restart starts csi-plugin with other flags.
@@ -174,19 +190,21 @@ func TestKernelTakeover(t *testing.T) {
 
 func (k *takeover) tell(name string, integrity bool) {
 	ctx := k.Context()
-	fstype, rekey := "ext4", append(k.KeyServiceArgs(stack.OperatorIdentity), k.fromKMS())
+	fstype, entries, rekey := "ext4", map[string]string{}, append(k.service(""), k.fromKMS())
 	if integrity {
-		fstype = "ext4-integrity"
-		rekey = []string{"--kms-uri=" + k.KEK(), "--storage-uri=" + k.Store(), "--integrity=hmac-sha256"}
-		for _, arg := range k.KeyServiceArgs(stack.OperatorIdentity) {
-			rekey = append(rekey, strings.Replace(arg, "--", "--from-", 1))
-		}
+		fstype, entries["cryptcsi.io/integrity"] = "ext4-integrity", "hmac-sha256"
+		rekey = append(k.service("from-"), "--kms-uri="+k.KEK(), "--storage-uri="+k.Store(), "--integrity=hmac-sha256")
 	}
-	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability("ext4"), nil)
+	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability("ext4"), entries)
 	k.must("Create", err)
+	delete(v.Context, "cryptcsi.io/integrity") // the filesystem's name says it
 	v.Capability = stack.MountCapability(fstype)
 	k.refused("a blank disk", v.Stage(ctx), "no LUKS header")
 	uuid := k.make(v, integrity)
+	if err := v.Stage(ctx); status.Code(err) != codes.PermissionDenied {
+		k.Errorf("a volume whose key the node may not have: %v", err)
+	}
+	k.allow(uuid)
 
 	k.up(v, "theirs", "their words") // by its header
 	k.must("write", os.WriteFile(filepath.Join(v.Target, "ours"), []byte("our words"), 0o600))
@@ -195,6 +213,7 @@ func (k *takeover) tell(name string, integrity bool) {
 	}
 	k.must("down", v.Down(ctx))
 	v.Context["cryptcsi.io/dek-id"] = dek.NewUUID()
+	k.allow(uuid, v.Context["cryptcsi.io/dek-id"])
 	k.refused("another UUID", v.Stage(ctx), "will not be formatted")
 	v.Context["cryptcsi.io/dek-id"] = uuid
 	k.up(v, "ours", "our words")
@@ -212,7 +231,7 @@ func (k *takeover) tell(name string, integrity bool) {
 		k.Error("the old key still opens the volume")
 	}
 	delete(v.Context, "cryptcsi.io/dek-id")
-	k.refused("in Constellation mode", v.Stage(ctx), "not as Constellation made it")
+	k.refused("still in Constellation mode", v.Stage(ctx), "not as Constellation made it")
 
 	k.restart()
 	v.Capability = stack.MountCapability("ext4")
@@ -224,9 +243,10 @@ func (k *takeover) tell(name string, integrity bool) {
 	k.must("down", v.Down(ctx))
 
 	// The host swaps: this disk in the place of another volume's.
-	other, err := k.Create(ctx, name+"-other", 64<<20, v.Capability, nil)
+	other, err := k.Create(ctx, name+"-other", 64<<20, v.Capability, entries)
 	k.must("Create", err)
 	otherUUID := k.make(other, integrity)
+	k.allow(otherUUID)
 	if code, said := k.rekey(other, rekey...); code != 0 {
 		k.Fatalf("re-keying: %d, %s", code, said)
 	}
@@ -240,6 +260,8 @@ func (k *takeover) tell(name string, integrity bool) {
 	k.refused("a rolled-back disk", other.Stage(ctx), "will not be formatted")
 	k.must("blanking", copyDevice(other.Device(), ""))
 	k.refused("a blanked disk", other.Stage(ctx), "will not be formatted")
+	k.must("deleting", v.Delete(ctx))
+	k.must("deleting", other.Delete(ctx))
 }
 
 // copyDevice copies the start of a device, or zeros for "", to another one.
@@ -287,8 +309,8 @@ func TestRekeyCommandLines(t *testing.T) {
 		{"rekey", 2, "--device is required"},
 		{"rekey --device=/dev/null" + ours + theirs, 2, "--dek-id"},
 		{"rekey --device=/dev/null --dek-id=v" + ours + theirs, 2, "<driver name>/<volume ID>"},
-		{volume + theirs, 2, "the new key comes from"},
-		{volume + ours + theirs + " --kms-uri=cluster:///x", 2, "the new key comes from"},
+		{volume + theirs, 2, "--key-service, or --kms-uri"},
+		{volume + ours + theirs + " --kms-uri=cluster:///x", 2, "excludes"},
 		{volume + theirs + " --kms-uri=cluster:///x", 2, "--storage-uri"},
 		{volume + ours, 2, "the old key comes from"},
 		{volume + ours + theirs + " --from-kms-uri=cluster:///x", 2, "the old key comes from"},
@@ -302,5 +324,31 @@ func TestRekeyCommandLines(t *testing.T) {
 		if code := run(context.WithoutCancel(t.Context()), strings.Fields(tt.args), &out, &out); code != tt.code || !strings.Contains(out.String(), tt.says) {
 			t.Errorf("csi-plugin %s: exit code %d, want %d; it should say %q:\n%s", tt.args, code, tt.code, tt.says, &out)
 		}
+	}
+}
+
+// closer makes a fake of keys complete.
+type closer struct{ *drivertest.Keys }
+
+func (closer) Close() error { return nil }
+
+// The record of the new key is made where there is none, and has to be what the
+// volume is where there is one.
+func TestRekeyRecord(t *testing.T) {
+	k := closer{drivertest.NewKeys()}
+	r := &rekeying{rekeyFlags: &rekeyFlags{id: "d.example.com/v", integrity: "hmac-sha256"}, ours: k}
+	for range 2 {
+		d, err := r.record(t.Context())
+		if err != nil || d.State != dek.Prepared || d.Spec != (dek.Spec{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC}) {
+			t.Fatalf("record = %+v, %v", d, err)
+		}
+		d.Wipe()
+	}
+	r.integrity = ""
+	if _, err := r.record(t.Context()); !errors.Is(err, errdefs.ErrExists) {
+		t.Errorf("the record of a volume with integrity: %v", err)
+	}
+	if n := k.Unwiped(); n != 0 {
+		t.Errorf("%d keys were not wiped", n)
 	}
 }
