@@ -190,13 +190,8 @@ func (d *luks) volumeKey(key secret.Bytes) (secret.Bytes, error) {
 }
 
 // replaceKey makes the loaded header another one, in its file: with that UUID,
-// and with the volume key in keyslot 0 under key instead of old.
-func (d *luks) replaceKey(uuid string, old, key secret.Bytes) error {
-	vk, err := d.volumeKey(old)
-	if err != nil {
-		return err
-	}
-	defer vk.Wipe()
+// and with the volume key in keyslot 0 under key alone.
+func (d *luks) replaceKey(uuid string, vk, key secret.Bytes) error {
 	if err := d.check("crypt_keyslot_destroy", C.crypt_keyslot_destroy(d.cd, 0)); err != nil {
 		return err
 	}

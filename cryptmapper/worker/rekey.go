@@ -199,8 +199,29 @@ func (o *operation) try(dev *device, h *luks2.Header) (luks2.Token, error) {
 
 // newHeader makes, in memory, the header that the volume gets: the old one's
 // segment and volume key, the claimed UUID, one keyslot under the new key, our
-// token. It must pass as one of ours and give the same volume key.
+// token. It must give the same volume key as the old one.
 func (o *operation) newHeader(dev *device, old *luks2.Header, token luks2.Token) (*luks2.Header, error) {
+	was, err := o.volumeKey(dev, old, o.old)
+	if err != nil {
+		return nil, err
+	}
+	defer was.Wipe()
+	h, err := o.underNewKey(dev, old, was, token)
+	if err != nil {
+		return nil, err
+	}
+	is, err := o.volumeKey(dev, h, o.key)
+	if err != nil {
+		return nil, err
+	}
+	defer is.Wipe()
+	if !is.Equal(was) {
+		return nil, errdefs.Errorf(errdefs.ErrState, "the new header of device %s gives another volume key than the old one; nothing was changed", dev.number)
+	}
+	return h, nil
+}
+
+func (o *operation) underNewKey(dev *device, old *luks2.Header, vk secret.Bytes, token luks2.Token) (*luks2.Header, error) {
 	file, err := memory("new-header")
 	if err != nil {
 		return nil, err
@@ -217,7 +238,7 @@ func (o *operation) newHeader(dev *device, old *luks2.Header, token luks2.Token)
 	if err := d.load(); err != nil {
 		return nil, classify(err, "loading the old header")
 	}
-	if err := d.replaceKey(o.Claim.UUID, o.old, o.key); err != nil {
+	if err := d.replaceKey(o.Claim.UUID, vk, o.key); err != nil {
 		return nil, classify(err, "putting the volume key under the new key")
 	}
 	if err := d.setToken(token.Unsealed()); err != nil {
@@ -227,28 +248,10 @@ func (o *operation) newHeader(dev *device, old *luks2.Header, token luks2.Token)
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrState, "sealing the new header: %w", err)
 	}
-	return h, o.sameVolumeKey(dev, old, h)
+	return h, nil
 }
 
-// sameVolumeKey makes sure that the new header under the new key gives what the
-// old one gives under the old key.
-func (o *operation) sameVolumeKey(dev *device, old, h *luks2.Header) error {
-	was, err := o.volumeKey(dev, old, o.old)
-	if err != nil {
-		return err
-	}
-	defer was.Wipe()
-	is, err := o.volumeKey(dev, h, o.key)
-	if err != nil {
-		return err
-	}
-	defer is.Wipe()
-	if !is.Equal(was) {
-		return errdefs.Errorf(errdefs.ErrState, "the new header of device %s gives another volume key than the old one; nothing was changed", dev.number)
-	}
-	return nil
-}
-
+// volumeKey returns what a header gives under a key; the caller wipes it.
 func (o *operation) volumeKey(dev *device, h *luks2.Header, key secret.Bytes) (secret.Bytes, error) {
 	d, done, err := o.load(dev, h)
 	if err != nil {
