@@ -45,7 +45,7 @@ func (a *authenticator) sum(r *record) ([]byte, error) {
 	if a.key.Len() == 0 {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "the record-auth secret was wiped: the keyring is closed")
 	}
-	return r.sum(a.key.Expose())
+	return r.sum(a.key.Expose()), nil
 }
 
 // check says whether r may be believed as far as the secret goes. It comes

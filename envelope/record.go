@@ -5,13 +5,13 @@ import (
 	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"io"
-	"maps"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -151,6 +151,9 @@ func decodeRecord(data []byte) (*record, error) {
 	if len(data) > MaxObject {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record has %d bytes, at most %d", len(data), MaxObject)
 	}
+	if r := decodeCanonical(data); r != nil {
+		return r, r.checked()
+	}
 	var header struct {
 		Version int `json:"version"`
 	}
@@ -169,10 +172,37 @@ func decodeRecord(data []byte) (*record, error) {
 	if err := r.sameFields(data); err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record is not in its one form: %w", err)
 	}
-	if err := r.validate(); err != nil {
-		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record contradicts itself: %w", err)
+	return r, r.checked()
+}
+
+// decodeCanonical reads a record that is byte by byte as canonical writes it,
+// which proves more than sameFields in a fraction of the time; nil for any other.
+func decodeCanonical(data []byte) *record {
+	r := &record{}
+	if err := json.Unmarshal(data, r); err != nil || r.Version != recordVersion {
+		return nil
 	}
-	return r, nil
+	if again, err := r.canonical(); err != nil || !bytes.Equal(again, data) {
+		return nil
+	}
+	return r
+}
+
+// canonical is how a record is written.
+func (r *record) canonical() ([]byte, error) {
+	data, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("encoding the record: %w", err)
+	}
+	return append(data, '\n'), nil
+}
+
+// checked is validate's error with its class.
+func (r *record) checked() error {
+	if err := r.validate(); err != nil {
+		return errdefs.Errorf(errdefs.ErrCorrupt, "the record contradicts itself: %w", err)
+	}
+	return nil
 }
 
 // encode returns the record with a MAC under key (a tombstone keeps what it
@@ -191,12 +221,15 @@ func (r *record) encode(key secret.Bytes, a *authenticator) ([]byte, error) {
 			return nil, err
 		}
 	}
-	data, err := json.MarshalIndent(r, "", "  ")
+	data, err := r.canonical()
 	if err != nil {
-		return nil, fmt.Errorf("encoding the record: %w", err)
+		return nil, err
 	}
-	data = append(data, '\n')
-	if _, err := decodeRecord(data); err != nil {
+	again, err := decodeRecord(data)
+	if err == nil && !reflect.DeepEqual(again, r) {
+		err = fmt.Errorf("JSON does not keep it as it is: is all its text UTF-8?")
+	}
+	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "the record cannot be stored: %v", err)
 	}
 	return data, nil
@@ -221,27 +254,69 @@ func (r *record) mac(key secret.Bytes) ([]byte, error) {
 		return nil, fmt.Errorf("HKDF: %w", err)
 	}
 	defer clear(macKey)
-	return r.sum(macKey)
+	return r.sum(macKey), nil
 }
 
 // sum is HMAC-SHA-256 over the fields.
-func (r *record) sum(macKey []byte) ([]byte, error) {
-	data, err := json.Marshal(r.unsigned())
-	if err != nil {
-		return nil, fmt.Errorf("encoding the record: %w", err)
-	}
-	fields, err := flatten(data)
-	if err != nil {
-		return nil, fmt.Errorf("encoding the record: %w", err)
-	}
+func (r *record) sum(macKey []byte) []byte {
 	h := hmac.New(sha256.New, macKey)
-	for _, path := range slices.Sorted(maps.Keys(fields)) {
-		for _, part := range []string{path, fields[path]} {
-			_ = binary.Write(h, binary.BigEndian, uint32(len(part)))
-			_, _ = io.WriteString(h, part)
-		}
+	h.Write(r.fields())
+	return h.Sum(nil)
+}
+
+// fields is what the MAC is over: the fields that flatten finds in the record
+// as it is written, but mac and auth. It takes no detour by JSON, because it is
+// needed for every key that is handed out.
+func (r *record) fields() []byte {
+	in := make(macInput, 0, 1<<10)
+	in.optional("claim/node", r.Claim.Node)
+	in.optional("claim/uuid", r.Claim.UUID)
+	in.text("created", r.Created)
+	in.optional("expires", r.Expires)
+	if r.Header.Sequence != 0 {
+		in.field("header/sequence", 'n', strconv.FormatUint(r.Header.Sequence, 10))
 	}
-	return h.Sum(nil), nil
+	in.optional("header/uuid", r.Header.UUID)
+	in.text("id", string(r.ID))
+	in.wrapped("previous", r.Previous)
+	in.optional("source", string(r.Source))
+	in.text("spec/cipher", r.Spec.Cipher)
+	in.optional("spec/integrity", string(r.Spec.Integrity))
+	in.optional("spec/layout", r.Spec.Layout)
+	in.optional("spec/name", r.Spec.Name)
+	in.text("state", string(r.State))
+	in.text("updated", r.Updated)
+	in.field("version", 'n', strconv.Itoa(r.Version))
+	in.optional("was/state", string(r.Was.State))
+	in.optional("was/updated", r.Was.Updated)
+	in.wrapped("wrapped", r.Wrapped)
+	return in
+}
+
+// macInput is fields in the form in which they are signed.
+type macInput []byte
+
+func (in *macInput) field(path string, kind byte, value string) {
+	b := append(binary.BigEndian.AppendUint32(*in, uint32(len(path))), path...)
+	*in = append(append(binary.BigEndian.AppendUint32(b, uint32(1+len(value))), kind), value...)
+}
+
+func (in *macInput) text(path, value string) { in.field(path, 's', value) }
+
+func (in *macInput) optional(path, value string) {
+	if value != "" {
+		in.text(path, value)
+	}
+}
+
+func (in *macInput) wrapped(path string, w wrappedV1) {
+	if w.IsZero() {
+		return
+	}
+	in.text(path+"/ciphertext", base64.StdEncoding.EncodeToString(w.Ciphertext))
+	in.text(path+"/key_id", w.KeyID)
+	in.text(path+"/mechanism", w.Mechanism)
+	in.text(path+"/scheme", w.Scheme)
 }
 
 // sameFields compares the fields of data with those of what was read from

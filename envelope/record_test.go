@@ -2,10 +2,16 @@ package envelope
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -355,4 +361,106 @@ func FuzzRecord(f *testing.F) {
 			t.Errorf("%s became %s", a, b)
 		}
 	})
+}
+
+// TestFieldsAreTheRecords: what is signed is what flatten finds in the record as
+// it is written, whichever of its fields are there.
+func TestFieldsAreTheRecords(t *testing.T) {
+	var paths [][]int // of all that is no struct, by reflect's index
+	var walk func(of reflect.Type, at []int)
+	walk = func(of reflect.Type, at []int) {
+		for i := range of.NumField() {
+			if path := append(slices.Clip(at), i); of.Field(i).Type.Kind() == reflect.Struct {
+				walk(of.Field(i).Type, path)
+			} else {
+				paths = append(paths, path)
+			}
+		}
+	}
+	walk(reflect.TypeFor[record](), nil)
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 20000 {
+		r := &record{}
+		for i, path := range paths {
+			if random.IntN(3) == 0 {
+				continue
+			}
+			switch f := reflect.ValueOf(r).Elem().FieldByIndex(path); f.Kind() {
+			case reflect.String:
+				f.SetString(fmt.Sprintf("<%d>\"\u2028 %d", i, random.IntN(1000)))
+			case reflect.Int:
+				f.SetInt(random.Int64N(100))
+			case reflect.Uint64:
+				f.SetUint(random.Uint64())
+			case reflect.Slice:
+				f.SetBytes([]byte{byte(i), byte(random.IntN(256))})
+			default:
+				t.Fatalf("no value for a %v", f.Type())
+			}
+		}
+		for _, w := range []*wrappedV1{&r.Wrapped, &r.Previous} {
+			if !w.IsZero() && w.Ciphertext == nil {
+				w.Ciphertext = []byte{1} // no record has it otherwise
+			}
+		}
+		data, err := json.Marshal(r.unsigned())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields, err := flatten(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want []byte
+		for _, path := range slices.Sorted(maps.Keys(fields)) {
+			for _, part := range []string{path, fields[path]} {
+				want = append(binary.BigEndian.AppendUint32(want, uint32(len(part))), part...)
+			}
+		}
+		if got := r.fields(); !bytes.Equal(got, want) {
+			t.Fatalf("%s is signed as\n%q, want\n%q", data, got, want)
+		}
+	}
+}
+
+// TestOneFormTwoWays: what is written as we write is read the short way, and
+// anything else the long way, to the same record.
+func TestOneFormTwoWays(t *testing.T) {
+	for name, data := range vectors(t) {
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, data); err != nil {
+			t.Fatal(err)
+		}
+		if decodeCanonical(compact.Bytes()) != nil {
+			t.Errorf("%s is read the short way though it is not as we write", name)
+		}
+		long, err := decodeRecord(compact.Bytes())
+		if err != nil {
+			t.Fatal(err)
+		}
+		written, err := long.canonical()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if short := decodeCanonical(written); !reflect.DeepEqual(short, long) {
+			t.Errorf("%s: the short way gives %+v, the long one %+v", name, short, long)
+		}
+	}
+}
+
+// TestOnlyUTF8IsStored: JSON would change anything else, and the MAC not fit.
+func TestOnlyUTF8IsStored(t *testing.T) {
+	r, err := decodeRecord(vectors(t)["prepared"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := countUp(32, 32)
+	defer key.Wipe()
+	if _, err := r.encode(key, nil); err != nil {
+		t.Fatal(err)
+	}
+	r.Wrapped.KeyID = "key-\xff"
+	if _, err := r.encode(key, nil); !errors.Is(err, errdefs.ErrInvalid) {
+		t.Errorf("a key ID that is no UTF-8: %v", err)
+	}
 }
