@@ -54,8 +54,9 @@ type IntegrityTable struct {
 	Mode           string // J journal, D direct
 	JournalSectors int64
 	Interleave     int
-	Mismatches     int64 // authentication failures since activation
-	Provided       int64 // data sectors that the superblock provides
+	Options        []string // those without a number, sorted
+	Mismatches     int64    // authentication failures since activation
+	Provided       int64    // data sectors that the superblock provides
 }
 
 // ReadStack reads what the kernel knows of a mapping. dm.ErrNotFound where
@@ -159,7 +160,10 @@ func parseIntegrity(t dm.Target) (IntegrityTable, error) {
 	}
 	i.Mode = f[3]
 	for _, option := range f[5:] {
-		key, value, _ := strings.Cut(option, ":")
+		key, value, ok := strings.Cut(option, ":")
+		if !ok {
+			i.Options = append(i.Options, option)
+		}
 		switch key {
 		case "journal_sectors":
 			i.JournalSectors, err = strconv.ParseInt(value, 10, 64)
@@ -170,6 +174,7 @@ func parseIntegrity(t dm.Target) (IntegrityTable, error) {
 			return i, fmt.Errorf("dm-integrity table: %w", err)
 		}
 	}
+	slices.Sort(i.Options)
 	return i, nil
 }
 

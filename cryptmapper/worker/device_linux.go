@@ -32,8 +32,9 @@ func openDevice(path string, write bool) (*device, error) {
 		mode = os.O_RDWR
 	}
 	file, err := os.OpenFile(path, mode|unix.O_CLOEXEC|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	cannotWrite := errdefs.Errorf(errdefs.ErrState, "device %s cannot be written: attach it writable", path)
 	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EPERM) {
-		return nil, errdefs.Errorf(errdefs.ErrState, "device %s cannot be written: attach it writable, read-only volumes need it too", path)
+		return nil, cannotWrite
 	}
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "opening the device: %w", err)
@@ -42,6 +43,11 @@ func openDevice(path string, write bool) (*device, error) {
 	if err := d.identify(path); err != nil {
 		d.close()
 		return nil, err
+	}
+	// Most kernels open a read-only device for writing without a word.
+	if readOnly, err := unix.IoctlGetInt(int(file.Fd()), unix.BLKROGET); write && err == nil && readOnly != 0 {
+		d.close()
+		return nil, cannotWrite
 	}
 	return d, nil
 }

@@ -23,6 +23,8 @@ import (
 const (
 	integrityCipher = "capi:authenc(hmac(sha256),xts(aes))-plain64"
 	integrityOption = "integrity:32:aead"
+	// Of the layer below: what the superblock asks for without being asked.
+	integrityLayerOptions = "fix_padding"
 )
 
 // minimumSize of a device: the header area and room for something.
@@ -107,8 +109,11 @@ func (o *operation) initialise(l *lock, dev *device, h *luks2.Header) (*luks2.He
 	}
 	defer func() { _ = o.remove(name) }()
 	s, err := cryptmapper.ReadStack(name)
-	if err != nil || s.Integrity == nil {
-		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s has no integrity layer: %w", name, err)
+	if err != nil {
+		return nil, err
+	}
+	if s.Integrity == nil {
+		return nil, errdefs.Errorf(errdefs.ErrState, "device %s has no integrity layer, its record asks for one", dev.number)
 	}
 	g, size := geometry(s.Integrity), s.Crypt.Length*512
 	if h.Token.Integrity == nil {

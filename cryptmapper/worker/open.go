@@ -263,6 +263,7 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 		} else {
 			differ("integrity geometry", geometry(s.Integrity), *t.Integrity)
 		}
+		differ("integrity options", strings.Join(s.Integrity.Options, " "), integrityLayerOptions)
 		differ("size", s.Crypt.Length, s.Integrity.Provided)
 	} else {
 		differ("integrity layer", s.Integrity != nil, false)
