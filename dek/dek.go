@@ -4,9 +4,7 @@
 package dek
 
 import (
-	"crypto/hkdf"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"strings"
@@ -163,7 +161,7 @@ type HeaderID struct {
 // Fingerprint names a DEK without telling anything about it: 16 bytes of
 // HKDF-SHA-256(key, no salt, "fingerprint") in hex.
 func Fingerprint(key secret.Bytes) string {
-	sum, err := hkdf.Key(sha256.New, key.Expose(), nil, "fingerprint", 16)
+	sum, err := secret.Derive(key, nil, "fingerprint", 16)
 	if err != nil {
 		panic(err) // only for a length that HKDF cannot give
 	}

@@ -1,7 +1,6 @@
 package envelope
 
 import (
-	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"fmt"
@@ -31,7 +30,7 @@ func newAuthenticator(s secret.Bytes) (*authenticator, error) {
 	if s.Len() < minRecordAuth {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "the record-auth secret has %d bytes, at least %d random ones are needed", s.Len(), minRecordAuth)
 	}
-	key, err := hkdf.Key(sha256.New, s.Expose(), nil, labelAuth, sha256.Size)
+	key, err := secret.Derive(s, nil, labelAuth, sha256.Size)
 	if err != nil {
 		return nil, fmt.Errorf("HKDF: %w", err)
 	}

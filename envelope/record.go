@@ -2,7 +2,6 @@ package envelope
 
 import (
 	"bytes"
-	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -249,7 +248,7 @@ func (r *record) verify(key secret.Bytes) error {
 
 // mac computes the record's MAC.
 func (r *record) mac(key secret.Bytes) ([]byte, error) {
-	macKey, err := hkdf.Key(sha256.New, key.Expose(), nil, labelRecord, sha256.Size)
+	macKey, err := secret.Derive(key, nil, labelRecord, sha256.Size)
 	if err != nil {
 		return nil, fmt.Errorf("HKDF: %w", err)
 	}

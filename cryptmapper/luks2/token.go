@@ -2,7 +2,6 @@ package luks2
 
 import (
 	"bytes"
-	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -108,7 +107,7 @@ func sum(raw []byte, mac string, area []byte, key secret.Bytes) ([]byte, error) 
 	clear(head[offChecksum : offChecksum+lenChecksum])
 	text := bytes.Replace(raw[binarySize:], []byte(mac), []byte(noMAC), 1)
 
-	macKey, err := hkdf.Key(sha256.New, key.Expose(), nil, "cryptcsi luks2 header v1", sha256.Size)
+	macKey, err := secret.Derive(key, nil, "cryptcsi luks2 header v1", sha256.Size)
 	if err != nil {
 		return nil, err
 	}

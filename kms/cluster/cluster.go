@@ -46,8 +46,6 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"encoding/hex"
 	"net/url"
 	"os"
@@ -191,7 +189,7 @@ func (p *pair) expand(info string, n int) (secret.Bytes, error) {
 	if p.secret.Len() == 0 {
 		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrUnavailable, "the master secret was wiped: the KEK is closed")
 	}
-	out, err := hkdf.Key(sha256.New, p.secret.Expose(), p.salt.Expose(), info, n)
+	out, err := secret.Derive(p.secret, p.salt.Expose(), info, n)
 	if err != nil {
 		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "HKDF: %w", err)
 	}
