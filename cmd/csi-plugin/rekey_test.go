@@ -165,7 +165,7 @@ func (k *takeover) service(prefix string) []string {
 // allow lets the node have the keys of these UUIDs, besides those of its volumes.
 func (k *takeover) allow(uuids ...string) {
 	k.Helper()
-	policy := fmt.Sprintf("%s: [%q]\n", stack.NodeIdentity, append([]string{"loop.cryptcsi.io/*"}, uuids...))
+	policy := fmt.Sprintf("%s: %q\n", stack.NodeIdentity, append([]string{"loop.cryptcsi.io/*"}, uuids...))
 	k.must("writing the policy", os.WriteFile(k.Path("policy.yaml"), []byte(strings.ReplaceAll(policy, `" "`, `", "`)), 0o600))
 }
 
@@ -189,7 +189,7 @@ func TestKernelTakeover(t *testing.T) {
 }
 
 func (k *takeover) tell(name string, integrity bool) {
-	ctx := k.Context()
+	ctx := context.WithoutCancel(k.Context())
 	fstype, entries, rekey := "ext4", map[string]string{}, append(k.service(""), k.fromKMS())
 	if integrity {
 		fstype, entries["cryptcsi.io/integrity"] = "ext4-integrity", "hmac-sha256"
@@ -197,6 +197,7 @@ func (k *takeover) tell(name string, integrity bool) {
 	}
 	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability("ext4"), entries)
 	k.must("Create", err)
+	k.Cleanup(func() { _ = errors.Join(v.Down(ctx), v.Delete(ctx)) })
 	delete(v.Context, "cryptcsi.io/integrity") // the filesystem's name says it
 	v.Capability = stack.MountCapability(fstype)
 	k.refused("a blank disk", v.Stage(ctx), "no LUKS header")
@@ -245,6 +246,7 @@ func (k *takeover) tell(name string, integrity bool) {
 	// The host swaps: this disk in the place of another volume's.
 	other, err := k.Create(ctx, name+"-other", 64<<20, v.Capability, entries)
 	k.must("Create", err)
+	k.Cleanup(func() { _ = other.Delete(ctx) })
 	otherUUID := k.make(other, integrity)
 	k.allow(otherUUID)
 	if code, said := k.rekey(other, rekey...); code != 0 {
@@ -260,8 +262,6 @@ func (k *takeover) tell(name string, integrity bool) {
 	k.refused("a rolled-back disk", other.Stage(ctx), "will not be formatted")
 	k.must("blanking", copyDevice(other.Device(), ""))
 	k.refused("a blanked disk", other.Stage(ctx), "will not be formatted")
-	k.must("deleting", v.Delete(ctx))
-	k.must("deleting", other.Delete(ctx))
 }
 
 // copyDevice copies the start of a device, or zeros for "", to another one.

@@ -375,12 +375,20 @@ func TestKernelRekeyKilledAtSteps(t *testing.T) {
 					if err := f.rekey(t, f.Mapper); err != nil {
 						t.Fatalf("phase %d, after step %d: %v", phase, step, err)
 					}
-					f.done(t)
+					if way := f.between(t); way != newWay {
+						t.Errorf("phase %d, after step %d and the same call: %s", phase, step, way)
+					}
 				}
+				if err := f.rekey(t, f.Mapper); err != nil {
+					t.Fatal(err)
+				}
+				f.done(t)
 			}
 		})
 	}
 }
+
+const newWay = "opens the new way"
 
 // between looks at what a killed worker has left: the new way either has the
 // data or is refused, whatever the record says.
@@ -396,7 +404,7 @@ func (f *theirs) between(t *testing.T) string {
 		}
 		hasTheirWords(t, m.Path)
 		f.close(t)
-		return "opens the new way"
+		return newWay
 	}
 	if !errors.Is(err, errdefs.ErrState) {
 		t.Errorf("the new way: %v", err)
