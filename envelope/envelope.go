@@ -80,6 +80,16 @@ type Options struct {
 	// then whoever may use the KEK could unwrap it from them. It is called
 	// concurrently.
 	Survives func(id dek.ID, until time.Time)
+	// CacheFor is how long GetDEK may use an unwrapped key again without asking
+	// the KMS; 0 is never. The record is read from the store at every call all
+	// the same, and the key is used only if the wrapped bytes in it are those
+	// that the KMS unwrapped. Kept keys lie in locked memory and are wiped when
+	// their time is over, when this Keyring changes their record or finds them
+	// deleted, and by Close.
+	CacheFor time.Duration
+	// CacheSize bounds the keys that are kept; the oldest goes first. A DEK that
+	// is being rotated has two. At least 1 where CacheFor is set.
+	CacheSize int
 }
 
 // Keyring is DEKs behind KEKs and stores. Methods are idempotent and may be
@@ -101,11 +111,13 @@ type Keyring struct {
 	backoff  time.Duration
 	now      func() time.Time
 	survives func(id dek.ID, until time.Time)
+	cache    *cache // nil: none
 }
 
 // New returns a Keyring and takes KEKs, stores and Options.RecordAuth over:
 // Close closes them all (a store if it is an io.Closer). ErrInvalid without a
-// KEK or a store, or for a short secret; then all stay the caller's.
+// KEK or a store, or for a short secret, ErrState where a cache is asked for and
+// memory cannot be locked; then all stay the caller's.
 func New(keks []*kms.KEK, stores []Store, o Options) (*Keyring, error) {
 	switch {
 	case len(keks) == 0 || slices.Contains(keks, nil):
@@ -117,13 +129,18 @@ func New(keks []*kms.KEK, stores []Store, o Options) (*Keyring, error) {
 	case o.Grace < 0:
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a grace of %v is below zero", o.Grace)
 	}
+	cache, err := newCache(o.CacheFor, o.CacheSize)
+	if err != nil {
+		return nil, err
+	}
 	auth, err := newAuthenticator(o.RecordAuth)
 	if err != nil {
+		cache.close()
 		return nil, err
 	}
 	k := &Keyring{
 		keks: slices.Clone(keks), stores: slices.Clone(stores), auth: auth, grace: o.Grace,
-		attempts: o.Attempts, backoff: o.Backoff, now: o.Now, survives: o.Survives,
+		attempts: o.Attempts, backoff: o.Backoff, now: o.Now, survives: o.Survives, cache: cache,
 	}
 	if k.attempts <= 0 {
 		k.attempts = 4
@@ -150,6 +167,7 @@ func (k *Keyring) Close() error {
 		errs = append(errs, closeStore(s))
 	}
 	k.auth.wipe()
+	k.cache.close()
 	return errors.Join(errs...)
 }
 
@@ -260,10 +278,13 @@ func (k *Keyring) create(ctx context.Context, id dek.ID, spec dek.Spec, source d
 func (k *Keyring) GetDEK(ctx context.Context, id dek.ID) (d dek.DEK, err error) {
 	err = k.try(ctx, id, func() error {
 		r, _, err := k.load(ctx, id)
+		if errors.Is(err, errdefs.ErrNotFound) || err == nil && r.State == dek.Deleted {
+			k.cache.forget(id)
+		}
 		if err != nil {
 			return err
 		}
-		d, err = k.dek(ctx, r)
+		d, err = k.dekBy(ctx, r, k.recall)
 		return err
 	})
 	return d, err
@@ -425,12 +446,24 @@ type opened struct {
 	kek int
 }
 
+// unwrapper is where the key of a wrap comes from.
+type unwrapper func(ctx context.Context, of wrapOf, w wrappedV1) (opened, error)
+
+// ask is the unwrapper that asks a KEK: what proves that a wrap opens.
+func (k *Keyring) ask(ctx context.Context, of wrapOf, w wrappedV1) (opened, error) {
+	return k.unwrap(ctx, of.id, w)
+}
+
 // open unwraps the key of r and checks r's MAC; the caller wipes the key.
 func (k *Keyring) open(ctx context.Context, r *record) (opened, error) {
+	return k.openBy(ctx, r, k.ask)
+}
+
+func (k *Keyring) openBy(ctx context.Context, r *record, unwrap unwrapper) (opened, error) {
 	if r.State == dek.Deleted {
 		return opened{}, errdefs.Errorf(errdefs.ErrNotFound, "it %s", r.deletion())
 	}
-	main, err := k.unwrap(ctx, r.ID, r.Wrapped)
+	main, err := unwrap(ctx, wrapOf{id: r.ID}, r.Wrapped)
 	if err != nil {
 		return opened{}, err
 	}
@@ -443,13 +476,17 @@ func (k *Keyring) open(ctx context.Context, r *record) (opened, error) {
 
 // dek opens r and returns what it says, with its keys; the caller wipes them.
 func (k *Keyring) dek(ctx context.Context, r *record) (dek.DEK, error) {
-	main, err := k.open(ctx, r)
+	return k.dekBy(ctx, r, k.ask)
+}
+
+func (k *Keyring) dekBy(ctx context.Context, r *record, unwrap unwrapper) (dek.DEK, error) {
+	main, err := k.openBy(ctx, r, unwrap)
 	if err != nil {
 		return dek.DEK{}, err
 	}
 	var previous opened
 	if !r.Previous.IsZero() {
-		if previous, err = k.unwrap(ctx, r.ID, r.Previous); err != nil {
+		if previous, err = unwrap(ctx, wrapOf{r.ID, true}, r.Previous); err != nil {
 			main.key.Wipe()
 			return dek.DEK{}, fmt.Errorf("the previous key: %w", err)
 		}
@@ -473,6 +510,7 @@ func (k *Keyring) replace(ctx context.Context, r *record, key secret.Bytes, at p
 	if err != nil {
 		return err
 	}
+	defer k.cache.forget(r.ID) // whatever came of it: the answer may be lost
 	return raced(at.store.Replace(ctx, ObjectName(r.ID), data, at.version))
 }
 

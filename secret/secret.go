@@ -35,19 +35,35 @@ type memory struct {
 // New returns n zero bytes. It panics where the system has no memory left, as
 // the Go runtime does.
 func New(n int) Bytes {
+	b, _ := allocate(n) // locked if possible; CheckLocking tells at start what this process gets
+	return b
+}
+
+// NewLocked is New that fails where the memory cannot be locked: for secrets
+// that stay.
+func NewLocked(n int) (Bytes, error) {
+	b, err := allocate(n)
+	if err != nil {
+		b.Wipe()
+		return Bytes{}, fmt.Errorf("locking %d bytes in memory: %w", n, err)
+	}
+	return b, nil
+}
+
+// allocate returns n zero bytes, and why they are not locked.
+func allocate(n int) (Bytes, error) {
 	if n == 0 {
-		return Bytes{}
+		return Bytes{}, nil
 	}
 	page := unix.Getpagesize()
 	mapped, err := unix.Mmap(-1, 0, (n+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		panic(fmt.Sprintf("secret: no memory for %d bytes: %v", n, err))
 	}
-	// Best effort here; CheckLocking tells at start what this process gets.
-	_ = unix.Mlock(mapped)
+	err = unix.Mlock(mapped)
 	_ = unix.Madvise(mapped, unix.MADV_DONTDUMP)
 	_ = unix.Madvise(mapped, unix.MADV_DONTFORK)
-	return Bytes{m: &memory{mapped: mapped, data: mapped[:n:n]}}
+	return Bytes{m: &memory{mapped: mapped, data: mapped[:n:n]}}, err
 }
 
 // Take moves b into a Bytes and wipes b.

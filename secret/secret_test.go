@@ -7,8 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"runtime"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/secret"
 )
@@ -84,4 +87,44 @@ func TestZeroValue(t *testing.T) {
 	if s.Len() != 0 || s.Clone().Len() != 0 || secret.New(0).Len() != 0 {
 		t.Error("the zero value is not empty")
 	}
+}
+
+// TestNewLocked: where memory cannot be locked, who needs it locked is told, and
+// everybody else goes on.
+func TestNewLocked(t *testing.T) {
+	s, err := secret.NewLocked(5000)
+	if err != nil || s.Len() != 5000 {
+		t.Fatalf("NewLocked: %d bytes, %v", s.Len(), err)
+	}
+	s.Wipe()
+	done := make(chan struct{})
+	go func() { // on a thread of its own, which ends with it
+		defer close(done)
+		runtime.LockOSThread()
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var data [2]unix.CapUserData
+		var limit unix.Rlimit
+		if err := errors.Join(unix.Capget(&header, &data[0]), unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit)); err != nil {
+			t.Error(err)
+			return
+		}
+		data[0].Effective &^= 1 << unix.CAP_IPC_LOCK
+		if err := errors.Join(unix.Capset(&header, &data[0]), unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Max: limit.Max})); err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit) }()
+		if s, err := secret.NewLocked(32); err == nil || s.Len() != 0 {
+			t.Errorf("NewLocked without the right to lock: %d bytes, %v", s.Len(), err)
+		}
+		if err := secret.CheckLocking(); err == nil {
+			t.Error("CheckLocking sees no trouble")
+		}
+		s := secret.New(32)
+		defer s.Wipe()
+		if s.Len() != 32 {
+			t.Error("New gave nothing")
+		}
+	}()
+	<-done
 }

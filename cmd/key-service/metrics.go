@@ -7,6 +7,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/internal/metrics"
 	"github.com/cryptcsi/cryptcsi/keyservice"
 )
@@ -44,6 +45,16 @@ func (m *measured) watch(s *keyservice.Server, count func(context.Context) (int6
 		n, _ := count(ctx)
 		return float64(n)
 	})
+}
+
+// watchCache adds what the cache of keys does.
+func (m *measured) watchCache(stats func() envelope.CacheStats) {
+	count := func(name, help string, of func(envelope.CacheStats) uint64) {
+		m.Add(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 { return float64(of(stats())) }))
+	}
+	count("cryptcsi_dek_cache_hits_total", "Keys that were handed out without asking the KMS.", func(s envelope.CacheStats) uint64 { return s.Hits })
+	count("cryptcsi_dek_cache_misses_total", "Keys that the KMS was asked for.", func(s envelope.CacheStats) uint64 { return s.Misses })
+	m.Gauge("cryptcsi_dek_cache_entries", "Keys that are kept.", func() float64 { return float64(stats().Entries) })
 }
 
 func (m *measured) decision(d keyservice.Decision) {

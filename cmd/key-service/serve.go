@@ -29,6 +29,9 @@ import (
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
+// maxCacheFor is the longest --dek-cache-ttl: longer than an outage should be.
+const maxCacheFor = 24 * time.Hour
+
 // serveFlags are those of serve besides what all verbs have.
 type serveFlags struct {
 	listen, metricsAddress         string
@@ -39,8 +42,8 @@ type serveFlags struct {
 	controllers, operators, nodes  []config.Item
 	sealed, constellation, reflect bool
 	plaintext, keepAlive           bool
-	maxInFlight                    int
-	timeout, drain                 time.Duration
+	maxInFlight, cacheSize         int
+	timeout, drain, cacheFor       time.Duration
 }
 
 func (f *serveFlags) add(c *command) {
@@ -64,6 +67,8 @@ func (f *serveFlags) add(c *command) {
 	c.BoolVar(&f.plaintext, "insecure-plaintext-over-the-network", false, "serve without TLS on an address that is not loopback")
 	c.BoolVar(&f.keepAlive, "kek-keepalive", false, "label the KEK as in use every 6 h, so that key-service kek list knows that it is")
 	c.IntVar(&f.maxInFlight, "max-in-flight", 256, "calls that are worked on at a time")
+	c.DurationVar(&f.cacheFor, "dek-cache-ttl", 0, "how long an unwrapped key may be handed out again without asking the KMS, from locked memory; 0 asks each time")
+	c.IntVar(&f.cacheSize, "dek-cache-size", 10000, "how many keys --dek-cache-ttl keeps at most")
 	c.DurationVar(&f.timeout, "call-timeout", 20*time.Second, "how long one call may take")
 	c.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long calls may go on after SIGTERM")
 }
@@ -89,6 +94,8 @@ func (f *serveFlags) check(keys *keyconfig.Flags) error {
 		return usageError("serve: --node-identity is required with --token-audience, or no node can show that it is one: any pod can have a token for any audience")
 	case f.sealed && keys.RecordAuthGiven():
 		return usageError("serve: --sealed excludes --record-auth-secret-file: unseal gives it")
+	case f.cacheFor < 0 || f.cacheFor > maxCacheFor || f.cacheSize < 1:
+		return usageError(fmt.Sprintf("serve: --dek-cache-ttl must be 0 to %v, and --dek-cache-size at least 1", maxCacheFor))
 	case f.policy == "prefix" && f.prefixFile == "":
 		return usageError("serve: --volume-policy=prefix needs --prefix-file")
 	}
@@ -125,10 +132,14 @@ func serve(ctx context.Context, c *command) error {
 	if err := secret.Harden(); err != nil {
 		return err
 	}
-	if err := secret.CheckLocking(); err != nil {
+	switch err := secret.CheckLocking(); {
+	case err != nil && f.cacheFor > 0:
+		return fmt.Errorf("--dek-cache-ttl: keys that are kept take memory that is locked against swapping, and this process cannot lock it: raise RLIMIT_MEMLOCK: %w", err)
+	case err != nil:
 		c.log.Warn("keys cannot be locked in memory and may reach swap space: raise RLIMIT_MEMLOCK", "error", err)
 	}
 	s := &service{flags: f, log: c.log, metrics: newMeasured(), health: health.NewServer()}
+	s.served.cacheFor, s.served.cacheSize = f.cacheFor, f.cacheSize
 	defer s.close()
 	cfg, err := s.config(ctx, c)
 	if err != nil || c.file.Check {
@@ -263,6 +274,9 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	s.metrics.watch(keys, s.served.count)
+	if f.cacheFor > 0 {
+		s.metrics.watchCache(s.served.cacheStats)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(ctx, lis) })
 	if s.follow != nil {

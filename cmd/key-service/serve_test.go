@@ -145,6 +145,67 @@ func TestServeLocally(t *testing.T) {
 	}
 }
 
+// TestKeptKeys: with a cache a key is had while its KMS is away, and without one
+// it is not.
+func TestKeptKeys(t *testing.T) {
+	v := peers.Transit(t)
+	v.CreateKey(t, "kek", nil)
+	store := localStore(t)
+	for _, cached := range []bool{true, false} {
+		addr, metrics := socket(t), peers.Addr(t)
+		args := with(store, "--kms-uri="+v.URI("kek"), "--listen="+addr, "--volume-policy=any", "--metrics-address="+metrics, "--kms-timeout=1s")
+		if cached {
+			args = append(args, "--dek-cache-ttl=1h", "--dek-cache-size=100")
+		}
+		start(t, args...)
+		c := client(t, keyclient.Config{Address: addr, Attempts: 1})
+		_, err := c.CreateDEK(t.Context(), "d/one", xts())
+		wants(t, "CreateDEK", err, nil)
+		first, err := c.GetDEK(t.Context(), "d/one")
+		wants(t, "GetDEK", err, nil)
+		v.Deny(t, "transit/decrypt/kek", true)
+		again, err := c.GetDEK(t.Context(), "d/one")
+		v.Deny(t, "transit/decrypt/kek", false)
+		page := fetch(t, "http://"+metrics+"/metrics")
+		if !cached {
+			wants(t, "GetDEK without a KMS and a cache", err, errdefs.ErrDenied)
+			if strings.Contains(page, "cryptcsi_dek_cache") {
+				t.Error("there are metrics of no cache")
+			}
+			continue
+		}
+		wants(t, "GetDEK without a KMS", err, nil)
+		if !again.Key.Equal(first.Key) {
+			t.Error("another key")
+		}
+		for _, line := range []string{"cryptcsi_dek_cache_hits_total 1", "cryptcsi_dek_cache_misses_total 1", "cryptcsi_dek_cache_entries 1"} {
+			if !strings.Contains(page, "\n"+line+"\n") {
+				t.Errorf("no line %q in\n%s", line, page)
+			}
+		}
+	}
+	for _, bad := range []string{"--dek-cache-ttl=-1s", "--dek-cache-ttl=25h", "--dek-cache-size=0"} {
+		code, said := keyService(t, with(store, "serve", "--kms-uri="+v.URI("kek"), "--listen="+socket(t), "--volume-policy=any", bad)...)
+		if code != 2 || !strings.Contains(said, "--dek-cache-ttl must be") {
+			t.Errorf("%s: exit code %d: %s", bad, code, said)
+		}
+	}
+}
+
+func fetch(t *testing.T, url string) string {
+	t.Helper()
+	r, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Body.Close() }()
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
 // TestSealed: nothing is served before an operator has given KMS and store; a
 // wrong secret changes nothing.
 func TestSealed(t *testing.T) {

@@ -33,6 +33,9 @@ type holder struct {
 	keks    []*kms.KEK // the keyring's
 	ready   chan struct{}
 
+	cacheFor  time.Duration // as envelope.Options has them
+	cacheSize int
+
 	counted time.Time
 	records int64
 	countOK error
@@ -54,7 +57,7 @@ func (h *holder) open(keys *keyconfig.Keys, log *slog.Logger) (keyservice.Keys, 
 	for _, k := range keys.KEKs {
 		keks = append(keks, k.It)
 	}
-	keyring, err := keys.Keyring(envelope.Options{Survives: func(id dek.ID, until time.Time) {
+	keyring, err := keys.Keyring(envelope.Options{CacheFor: h.cacheFor, CacheSize: h.cacheSize, Survives: func(id dek.ID, until time.Time) {
 		log.Warn("a deleted key can still be unwrapped from an earlier version of its record, which the store keeps", "dek", id, "until", until)
 	}})
 	if err != nil {
@@ -86,6 +89,14 @@ func (h *holder) opened() (*envelope.Keyring, []*kms.KEK) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.keyring, h.keks
+}
+
+// cacheStats says how the cache of keys is; zero while sealed.
+func (h *holder) cacheStats() envelope.CacheStats {
+	if keyring, _ := h.opened(); keyring != nil {
+		return keyring.CacheStats()
+	}
+	return envelope.CacheStats{}
 }
 
 // keepAlive labels the KEK as in use, once there is one.
@@ -166,7 +177,7 @@ func (s *service) unseal(ctx context.Context, req *keyservicev1.UnsealRequest, f
 	if err != nil {
 		return nil, err
 	}
-	trial := &holder{}
+	trial := &holder{cacheFor: s.served.cacheFor, cacheSize: s.served.cacheSize}
 	served, err := trial.open(keys, s.log)
 	if err != nil {
 		return nil, err
