@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -81,6 +82,31 @@ func Read(r io.Reader, n int) (Bytes, error) {
 	if _, err := io.ReadFull(r, s.Expose()); err != nil {
 		s.Wipe()
 		return Bytes{}, err
+	}
+	return s, nil
+}
+
+// ReadFile reads the whole of a regular file of least to most bytes.
+func ReadFile(path string, least, most int64) (Bytes, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe must not hang us
+	if err != nil {
+		return Bytes{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return Bytes{}, err
+	case !info.Mode().IsRegular() || info.Size() < least || info.Size() > most:
+		size := fmt.Sprintf("%d to %d bytes", least, most)
+		if least == most {
+			size = fmt.Sprintf("%d bytes", most)
+		}
+		return Bytes{}, fmt.Errorf("%s must be a regular file of %s", path, size)
+	}
+	s, err := Read(f, int(info.Size()))
+	if err != nil {
+		return Bytes{}, fmt.Errorf("reading %s: %w", path, err)
 	}
 	return s, nil
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -127,4 +129,32 @@ func TestNewLocked(t *testing.T) {
 		}
 	}()
 	<-done
+}
+
+func TestReadFile(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	if err := errors.Join(os.WriteFile(path("four"), []byte("abcd"), 0o600), os.WriteFile(path("empty"), nil, 0o600), unix.Mkfifo(path("pipe"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range [][2]int64{{4, 4}, {1, 4}, {4, 9}} {
+		s, err := secret.ReadFile(path("four"), size[0], size[1])
+		if err != nil || string(s.Expose()) != "abcd" {
+			t.Errorf("%v: %q, %v", size, s.Expose(), err)
+		}
+		s.Wipe()
+	}
+	for _, tt := range []struct {
+		name        string
+		least, most int64
+		says        string
+	}{
+		{"four", 5, 9, "regular file of 5 to 9 bytes"}, {"four", 1, 3, "regular file of 1 to 3 bytes"}, {"four", 32, 32, "regular file of 32 bytes"},
+		{"empty", 1, 9, "regular file"}, {"pipe", 0, 9, "regular file"}, {".", 0, 1 << 20, "regular file"}, {"none", 1, 9, "no such file"},
+	} {
+		s, err := secret.ReadFile(path(tt.name), tt.least, tt.most)
+		if err == nil || s.Len() != 0 || !strings.Contains(err.Error(), tt.says) || !strings.Contains(err.Error(), path(tt.name)) {
+			t.Errorf("%s: %d bytes, %v", tt.name, s.Len(), err)
+		}
+	}
 }

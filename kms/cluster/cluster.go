@@ -48,8 +48,6 @@ import (
 	"crypto/cipher"
 	"encoding/hex"
 	"net/url"
-	"os"
-	"syscall"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/kms"
@@ -140,23 +138,11 @@ func readPair(secretFile, saltFile string) (*pair, error) {
 	return newPair(master, salt)
 }
 
-// readFile reads a whole regular file into a secret.
+// readFile reads a whole file into a secret.
 func readFile(what, path string) (secret.Bytes, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe must not hang us
+	s, err := secret.ReadFile(path, 1, maxFile)
 	if err != nil {
 		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "the file of the %s: %w", what, err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	switch {
-	case err != nil:
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "the file of the %s: %w", what, err)
-	case !info.Mode().IsRegular() || info.Size() == 0 || info.Size() > maxFile:
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "the %s %s must be a regular file of 1 to %d bytes", what, path, maxFile)
-	}
-	s, err := secret.Read(f, int(info.Size()))
-	if err != nil {
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "reading the %s %s: %w", what, path, err)
 	}
 	return s, nil
 }

@@ -88,7 +88,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"unicode/utf8"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -281,18 +280,9 @@ func (t *target) versionOf(keyID string) ([]byte, error) {
 
 // readPIN reads the file of a PIN.
 func readPIN(path string) (secret.Bytes, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe must not hang us
+	whole, err := secret.ReadFile(path, 1, maxPIN)
 	if err != nil {
 		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "the file of the PIN: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() || info.Size() == 0 || info.Size() > maxPIN {
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "the file of the PIN, %s, must be a regular file of 1 to %d bytes", path, maxPIN)
-	}
-	whole, err := secret.Read(f, int(info.Size()))
-	if err != nil {
-		return secret.Bytes{}, errdefs.Errorf(errdefs.ErrInvalid, "reading the file of the PIN, %s: %w", path, err)
 	}
 	defer whole.Wipe()
 	line := bytes.TrimSuffix(bytes.TrimSuffix(whole.Expose(), []byte("\n")), []byte("\r"))

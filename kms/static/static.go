@@ -36,8 +36,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"net/url"
-	"os"
-	"syscall"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/kms"
@@ -82,17 +80,9 @@ func Open(_ context.Context, u *url.URL) (kms.Backend, error) {
 
 // add reads a key, which wraps from now on.
 func (b *Backend) add(path string) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe must not hang us
+	key, err := secret.ReadFile(path, kms.KeySize, kms.KeySize)
 	if err != nil {
-		return errdefs.Errorf(errdefs.ErrInvalid, "the file of the key: %w", err)
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() != kms.KeySize {
-		return errdefs.Errorf(errdefs.ErrInvalid, "the key %s must be a regular file of %d bytes: head -c %d /dev/urandom", path, kms.KeySize, kms.KeySize)
-	}
-	key, err := secret.Read(f, kms.KeySize)
-	if err != nil {
-		return errdefs.Errorf(errdefs.ErrInvalid, "reading the key %s: %w", path, err)
+		return errdefs.Errorf(errdefs.ErrInvalid, "the file of the key (head -c %d /dev/urandom makes one): %w", kms.KeySize, err)
 	}
 	h := hmac.New(sha256.New, key.Expose())
 	h.Write([]byte(labelKeyID))
