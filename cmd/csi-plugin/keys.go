@@ -114,10 +114,7 @@ func (f *keyFlags) openDirect(ctx context.Context, log *slog.Logger, o keyOption
 	if f.create && !o.checkOnly {
 		err = opened.Probe(ctx, log)
 	}
-	var keks []*kms.KEK
-	for _, o := range opened.KEKs {
-		keks = append(keks, o.It)
-	}
+	keks := opened.Opened()
 	var keyring *envelope.Keyring
 	if err == nil {
 		keyring, err = opened.Keyring(envelope.Options{Survives: func(id dek.ID, until time.Time) {

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -140,14 +141,7 @@ func printVersion(ctx context.Context, args []string, stdout, stderr io.Writer) 
 	return nil
 }
 
-func schemes() []string {
-	var names []string
-	for scheme := range all.Mux() {
-		names = append(names, scheme)
-	}
-	slices.Sort(names)
-	return names
-}
+func schemes() []string { return slices.Sorted(maps.Keys(all.Mux())) }
 
 // libcryptsetup asks the worker which library it runs with: a worker that
 // cannot run is found out before a volume needs it. Both programs must come

@@ -130,7 +130,7 @@ func checkStore(ctx context.Context, o keyconfig.Opened[envelope.Store]) []findi
 		return []finding{{what: o.Name, step: "open", err: o.Err}}
 	}
 	var permissions map[string]string
-	if p, ok := o.It.(envelope.Permitter); ok {
+	if p, ok := keyconfig.Unprobed(o.It).(envelope.Permitter); ok {
 		permissions = p.Permissions()
 	}
 	found := []finding{{what: o.Name, step: "open"}}

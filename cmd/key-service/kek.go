@@ -391,7 +391,7 @@ func storeCreate(ctx context.Context, c *command) error {
 		return errdefs.Errorf(errdefs.ErrInvalid, "%s: key-service has nothing to make for a store of this kind", o.Name)
 	}
 	if err := m.Make(ctx); err != nil {
-		if p, ok := o.It.(envelope.Permitter); ok && errors.Is(err, errdefs.ErrDenied) {
+		if p, ok := keyconfig.Unprobed(o.It).(envelope.Permitter); ok && errors.Is(err, errdefs.ErrDenied) {
 			return fmt.Errorf("%w (needs %s)", err, p.Permissions()[envelope.OpMake])
 		}
 		return err

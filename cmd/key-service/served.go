@@ -53,10 +53,7 @@ func (d derived) Derive(ctx context.Context, id string) (secret.Bytes, error) {
 
 // open makes what is served of keys, and owns them.
 func (h *holder) open(keys *keyconfig.Keys, log *slog.Logger) (keyservice.Keys, error) {
-	var keks []*kms.KEK
-	for _, k := range keys.KEKs {
-		keks = append(keks, k.It)
-	}
+	keks := keys.Opened()
 	keyring, err := keys.Keyring(envelope.Options{CacheFor: h.cacheFor, CacheSize: h.cacheSize, Survives: func(id dek.ID, until time.Time) {
 		log.Warn("a deleted key can still be unwrapped from an earlier version of its record, which the store keeps", "dek", id, "until", until)
 	}})

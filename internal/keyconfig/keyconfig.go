@@ -264,16 +264,24 @@ func (k *Keys) Err() error {
 	return errors.Join(errs...)
 }
 
+// Opened returns the KEKs that opened.
+func (k *Keys) Opened() []*kms.KEK {
+	var keks []*kms.KEK
+	for _, o := range k.KEKs {
+		if o.It != nil {
+			keks = append(keks, o.It)
+		}
+	}
+	return keks
+}
+
 // Keyring returns the Keyring over all of them, which owns them from then on:
 // close it and then the Keys.
 func (k *Keys) Keyring(o envelope.Options) (*envelope.Keyring, error) {
 	if err := k.Err(); err != nil {
 		return nil, err
 	}
-	var keks []*kms.KEK
-	for _, o := range k.KEKs {
-		keks = append(keks, o.It)
-	}
+	keks := k.Opened()
 	var all []envelope.Store
 	for _, o := range k.Stores {
 		all = append(all, o.It)

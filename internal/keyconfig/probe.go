@@ -37,7 +37,7 @@ func (s *probedStore) probe(ctx context.Context) error {
 // Probed returns a store that makes no object in s before it was probed.
 func Probed(s envelope.Store) envelope.Store { return &probedStore{Store: s} }
 
-// Unprobed returns the store itself.
+// Unprobed returns the store itself, which may be an envelope.Maker or Permitter.
 func Unprobed(s envelope.Store) envelope.Store {
 	if p, ok := s.(*probedStore); ok {
 		return p.Store
@@ -59,22 +59,6 @@ func (s *probedStore) EraseHistory(ctx context.Context, name string) (time.Time,
 		return e.EraseHistory(ctx, name)
 	}
 	return time.Time{}, nil // keeps no history
-}
-
-// Make is part of envelope.Maker.
-func (s *probedStore) Make(ctx context.Context) error {
-	if m, ok := s.Store.(envelope.Maker); ok {
-		return m.Make(ctx)
-	}
-	return errdefs.Errorf(errdefs.ErrInvalid, "a store of this kind cannot be made by key-service")
-}
-
-// Permissions is part of envelope.Permitter.
-func (s *probedStore) Permissions() map[string]string {
-	if p, ok := s.Store.(envelope.Permitter); ok {
-		return p.Permissions()
-	}
-	return nil
 }
 
 // Close is part of io.Closer.
