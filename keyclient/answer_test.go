@@ -176,7 +176,7 @@ func TestHostileCreateAndClaim(t *testing.T) {
 	mustBe(t, "CreateDEK that gives a clone", err, errdefs.ErrCorrupt)
 
 	// Who wants no key gets none, and takes none.
-	keyless := open(t, keyclient.Config{Address: address, CreateWithoutKey: true})
+	keyless := open(t, keyclient.Config{Address: address, WithoutKeys: true})
 	h.dek = func([]byte) *keyservicev1.DEK {
 		a := prepared(nil)
 		a.SealedKey = seal(fuzzRecipient(t).Public(), "key", id, key('k'))

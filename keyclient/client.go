@@ -83,9 +83,9 @@ type Config struct {
 	// is on the way can then ask for keys in our name and read what
 	// Constellation's protocol carries.
 	AllowPlaintextOverTheNetwork bool
-	// CreateWithoutKey makes CreateDEK return DEKs without their keys: all
-	// that a controller, who has no use for them, may have.
-	CreateWithoutKey bool
+	// WithoutKeys makes GetDEK, CreateDEK and CloneDEK return DEKs without
+	// their keys: all that a controller, who has no use for them, may have.
+	WithoutKeys bool
 	// Protocol of the key service.
 	Protocol Protocol
 	// Timeout bounds each attempt, connecting included; 0 is 10 s.
@@ -193,9 +193,10 @@ func (c *Client) State() string {
 }
 
 // GetDEK returns the DEK of that ID; the caller wipes it. ErrNotFound where
-// there is none, or ErrDenied where we may not know that.
+// there is none, or ErrDenied where we may not know that. Without its key where
+// Config says so.
 func (c *Client) GetDEK(ctx context.Context, id dek.ID) (d dek.DEK, err error) {
-	get := getDEK
+	get := c.getDEK
 	if c.cfg.Protocol == ProtocolConstellation {
 		get = getDataKey
 	}
@@ -206,50 +207,71 @@ func (c *Client) GetDEK(ctx context.Context, id dek.ID) (d dek.DEK, err error) {
 	return d, err
 }
 
-func getDEK(ctx context.Context, conn *connection, id dek.ID) (dek.DEK, error) {
+func (c *Client) getDEK(ctx context.Context, conn *connection, id dek.ID) (dek.DEK, error) {
+	public, open, err := c.answerTo()
+	if err != nil {
+		return dek.DEK{}, err
+	}
+	a, err := conn.keys.GetDEK(ctx, &keyservicev1.GetDEKRequest{Id: string(id), Recipient: public})
+	if err != nil {
+		return dek.DEK{}, err
+	}
+	return open(a, id)
+}
+
+// answerTo says for whom the keys of the next answer are to be sealed, nil for
+// none, and how to open the answer.
+func (c *Client) answerTo() (public []byte, open func(*keyservicev1.DEK, dek.ID) (dek.DEK, error), err error) {
+	if c.cfg.WithoutKeys {
+		return nil, withoutKeys, nil
+	}
 	to, err := newRecipient()
 	if err != nil {
-		return dek.DEK{}, err
+		return nil, nil, err
 	}
-	a, err := conn.keys.GetDEK(ctx, &keyservicev1.GetDEKRequest{Id: string(id), Recipient: to.public()})
-	if err != nil {
-		return dek.DEK{}, err
-	}
-	return to.openDEK(a, id)
+	return to.public(), to.openDEK, nil
 }
 
 // CreateDEK returns the DEK of that ID, made now or before; the caller wipes
 // it. ErrExists where it exists with another spec, and where it was deleted.
 // Without its key where Config says so.
 func (c *Client) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (d dek.DEK, err error) {
+	return c.make(ctx, "CreateDEK", id, spec, "")
+}
+
+// CloneDEK is CreateDEK for a volume or snapshot whose disk is a copy of
+// source's; see envelope.Keyring. ErrConflict while source is being rotated.
+func (c *Client) CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (d dek.DEK, err error) {
+	if _, err := dek.ParseID(string(source)); err != nil {
+		return dek.DEK{}, errdefs.Errorf(errdefs.ErrInvalid, "source of DEK %.300q: %w", id, err)
+	}
+	return c.make(ctx, "CloneDEK", id, spec, source)
+}
+
+// make is CreateDEK, and CloneDEK where there is a source.
+func (c *Client) make(ctx context.Context, method string, id dek.ID, spec dek.Spec, source dek.ID) (d dek.DEK, err error) {
 	if err := validSpec(spec); err != nil {
 		return dek.DEK{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q: %w", id, err)
 	}
-	err = c.about(ctx, "CreateDEK", id, func(ctx context.Context, conn *connection) (err error) {
-		d, err = c.createDEK(ctx, conn, id, spec)
+	err = c.about(ctx, method, id, func(ctx context.Context, conn *connection) error {
+		public, open, err := c.answerTo()
+		if err != nil {
+			return err
+		}
+		a, err := conn.keys.CreateDEK(ctx, &keyservicev1.CreateDEKRequest{
+			Id: string(id), Spec: specToWire(spec), Source: string(source), Recipient: public,
+		})
+		if err != nil {
+			return err
+		}
+		got, err := open(a, id)
+		if err == nil && (got.Spec != spec || got.Source != source) {
+			defer got.Wipe()
+			return corrupt("it is one of spec %+v and source %q, and %+v and %q were asked for", got.Spec, got.Source, spec, source)
+		}
+		d = got
 		return err
 	})
-	return d, err
-}
-
-func (c *Client) createDEK(ctx context.Context, conn *connection, id dek.ID, spec dek.Spec) (dek.DEK, error) {
-	req, open := &keyservicev1.CreateDEKRequest{Id: string(id), Spec: specToWire(spec)}, withoutKeys
-	if !c.cfg.CreateWithoutKey {
-		to, err := newRecipient()
-		if err != nil {
-			return dek.DEK{}, err
-		}
-		req.Recipient, open = to.public(), to.openDEK
-	}
-	a, err := conn.keys.CreateDEK(ctx, req)
-	if err != nil {
-		return dek.DEK{}, err
-	}
-	d, err := open(a, id)
-	if err == nil && (d.Spec != spec || d.Source != "") {
-		defer d.Wipe()
-		return dek.DEK{}, corrupt("it is one of spec %+v and source %q, and %+v was asked for", d.Spec, d.Source, spec)
-	}
 	return d, err
 }
 

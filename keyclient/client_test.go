@@ -52,7 +52,6 @@ func mustBe(t *testing.T, what string, err, class error, words ...string) {
 // beyond are the methods that the API does not have, taken from the keyring
 // behind it.
 type beyond interface {
-	CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error)
 	RotateDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
 }
 

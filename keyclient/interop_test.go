@@ -85,7 +85,7 @@ func TestRolesWithOurServer(t *testing.T) {
 	nodeA, nodeB, operator := open(t, ca.as(address, "node-a")), open(t, ca.as(address, "node-b")), open(t, ca.as(address, "operator"))
 	withKey := ca.as(address, "controller")
 	keyless := withKey
-	keyless.CreateWithoutKey = true
+	keyless.WithoutKeys = true
 	controller := open(t, keyless)
 
 	_, err := controller.CreateDEK(ctx, id, spec())
@@ -117,7 +117,27 @@ func TestRolesWithOurServer(t *testing.T) {
 	got.Wipe()
 	_, otherNode := nodeB.GetDEK(ctx, id)
 	_, otherVolume := nodeA.GetDEK(ctx, id+"0")
-	_, byController := controller.GetDEK(ctx, id)
+	_, byController := open(t, withKey).GetDEK(ctx, id)
+	told, err := controller.GetDEK(ctx, id)
+	must(t, "GetDEK without keys by a controller", err)
+	if told.Key.Len() != 0 || told.ID != id || told.Spec != spec() {
+		t.Errorf("GetDEK without keys = %+v", told)
+	}
+	_, err = controller.GetDEK(ctx, id+"0")
+	mustBe(t, "GetDEK without keys of none", err, errdefs.ErrNotFound)
+	keylessNode := ca.as(address, "node-a")
+	keylessNode.WithoutKeys = true
+	_, keyless2 := open(t, keylessNode).GetDEK(ctx, id)
+	mustBe(t, "GetDEK without a recipient by a node", keyless2, errdefs.ErrInvalid, "recipient")
+	cloned, err := controller.CloneDEK(ctx, "snap:"+id, spec(), id)
+	must(t, "CloneDEK by a controller", err)
+	if cloned.Key.Len()+cloned.Previous.Len() != 0 || cloned.Source != id {
+		t.Errorf("CloneDEK without keys = %+v", cloned)
+	}
+	_, err = nodeA.CloneDEK(ctx, "snap2:"+id, spec(), id)
+	mustBe(t, "CloneDEK by a node", err, errdefs.ErrDenied)
+	_, err = open(t, withKey).CloneDEK(ctx, "snap2:"+id, spec(), id)
+	mustBe(t, "CloneDEK by a controller that wants the keys", err, errdefs.ErrInvalid, "recipient")
 	for what, err := range map[string]error{
 		"another node's": otherNode, "none's": otherVolume, "a controller's": byController,
 		"RewrapDEK by a node": nodeA.RewrapDEK(ctx, id), "DeleteDEK by a node": nodeA.DeleteDEK(ctx, id),

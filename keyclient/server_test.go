@@ -79,6 +79,9 @@ func (s *service) GetDEK(ctx context.Context, r *keyservicev1.GetDEKRequest) (*k
 
 func (s *service) CreateDEK(ctx context.Context, r *keyservicev1.CreateDEKRequest) (*keyservicev1.DEK, error) {
 	spec := dek.Spec{Name: r.Spec.Name, Cipher: r.Spec.Cipher, Integrity: dek.Integrity(r.Spec.Integrity), Layout: r.Spec.Layout}
+	if r.Source != "" {
+		return answer(r.Recipient)(s.ring.CloneDEK(ctx, dek.ID(r.Id), spec, dek.ID(r.Source)))
+	}
 	return answer(r.Recipient)(s.ring.CreateDEK(ctx, dek.ID(r.Id), spec))
 }
 

@@ -22,10 +22,6 @@ type wired struct {
 	ring *envelope.Keyring
 }
 
-func (w wired) CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error) {
-	return w.ring.CloneDEK(ctx, id, spec, source)
-}
-
 func (w wired) RotateDEK(ctx context.Context, id dek.ID) (dek.DEK, error) {
 	return w.ring.RotateDEK(ctx, id)
 }

@@ -24,12 +24,16 @@ type aboutDEK interface {
 	GetId() string
 }
 
-// GetDEK answers with the DEK, sealed.
+// GetDEK answers with the DEK, sealed; to a controller that asks for no key,
+// with what its record says.
 func (k keyAPI) GetDEK(ctx context.Context, req *keyservicev1.GetDEKRequest) (*keyservicev1.DEK, error) {
 	return serve(ctx, k.Server, "GetDEK", req.GetId(), func(ctx context.Context, c *call) (a *keyservicev1.DEK, err error) {
 		id, err := idOf(req)
 		if err != nil {
 			return nil, err
+		}
+		if len(req.GetRecipient()) == 0 && k.cfg.Policy.controller(c.Who) {
+			return c.describe(ctx, id)
 		}
 		to, err := parseRecipient(req.GetRecipient())
 		if err != nil {
@@ -51,6 +55,23 @@ func (k keyAPI) GetDEK(ctx context.Context, req *keyservicev1.GetDEKRequest) (*k
 	})
 }
 
+// describe is GetDEK without keys.
+func (c *call) describe(ctx context.Context, id dek.ID) (*keyservicev1.DEK, error) {
+	if err := c.mayControl(ctx); err != nil {
+		return nil, err
+	}
+	keys, err := c.work(ctx)
+	if err != nil {
+		return nil, err
+	}
+	d, err := c.read(ctx, keys, id)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Wipe()
+	return onWire(d), nil
+}
+
 // CreateDEK answers with what was created, and with its key only for who could
 // also get it.
 func (k keyAPI) CreateDEK(ctx context.Context, req *keyservicev1.CreateDEKRequest) (*keyservicev1.DEK, error) {
@@ -59,17 +80,22 @@ func (k keyAPI) CreateDEK(ctx context.Context, req *keyservicev1.CreateDEKReques
 		if err != nil {
 			return nil, err
 		}
-		spec, err := specOf(req.GetSpec())
-		if err != nil {
+		n := newDEK{id: id, source: dek.ID(req.GetSource())}
+		if n.spec, err = specOf(req.GetSpec()); err != nil {
 			return nil, err
+		}
+		if n.source != "" {
+			if _, err := dek.ParseID(req.GetSource()); err != nil || n.source == id {
+				return nil, errdefs.Errorf(errdefs.ErrInvalid, "source: %.300q is no DEK that %s could be a copy of", n.source, id)
+			}
 		}
 		if err := c.mayControl(ctx); err != nil {
 			return nil, err
 		}
 		if len(req.GetRecipient()) > 0 {
-			return c.createFor(ctx, id, spec, req.GetRecipient())
+			return c.createFor(ctx, n, req.GetRecipient())
 		}
-		d, err := c.create(ctx, id, spec)
+		d, err := c.create(ctx, n)
 		if err != nil {
 			return nil, err
 		}
@@ -78,20 +104,32 @@ func (k keyAPI) CreateDEK(ctx context.Context, req *keyservicev1.CreateDEKReques
 	})
 }
 
-// createFor is CreateDEK for a caller that wants the key.
-func (c *call) createFor(ctx context.Context, id dek.ID, spec dek.Spec, recipient []byte) (*keyservicev1.DEK, error) {
+// newDEK is a DEK that is asked for.
+type newDEK struct {
+	id     dek.ID
+	spec   dek.Spec
+	source dek.ID // "": it is no copy
+}
+
+// createFor is CreateDEK for a caller that wants the key. The answer about a
+// copy has its source's key too: the caller has to be one that may have it.
+func (c *call) createFor(ctx context.Context, n newDEK, recipient []byte) (*keyservicev1.DEK, error) {
 	to, err := parseRecipient(recipient)
 	if err != nil {
 		return nil, err
 	}
-	switch err := c.cfg.Policy.volume(ctx, c.Who, id); {
+	err = c.cfg.Policy.volume(ctx, c.Who, n.id)
+	if err == nil && n.source != "" {
+		err = c.cfg.Policy.volume(ctx, c.Who, n.source)
+	}
+	switch {
 	case errors.Is(err, errdefs.ErrDenied):
 		c.Allowed, c.Reason = false, "a controller asked for a key: "+err.Error()
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%s may create DEKs but not have their keys: call CreateDEK without a recipient", c.Who.Name)
 	case err != nil:
 		return nil, c.decide(ctx, err)
 	}
-	d, err := c.create(ctx, id, spec)
+	d, err := c.create(ctx, n)
 	if err != nil {
 		return nil, err
 	}
@@ -100,16 +138,23 @@ func (c *call) createFor(ctx context.Context, id dek.ID, spec dek.Spec, recipien
 }
 
 // create creates, unless the volume is noted as confirmed: then its record was
-// lost, and a new key in its place would open nothing and hide that.
-func (c *call) create(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error) {
+// lost, and a new key in its place would open nothing and hide that. A copy's
+// source must not be rolled back either.
+func (c *call) create(ctx context.Context, n newDEK) (dek.DEK, error) {
 	keys, err := c.work(ctx)
 	if err != nil {
 		return dek.DEK{}, err
 	}
-	if err := c.current(ctx, keys, id); err != nil {
+	if err := c.current(ctx, keys, n.id); err != nil {
 		return dek.DEK{}, err
 	}
-	return keys.CreateDEK(ctx, id, spec)
+	if n.source == "" {
+		return keys.CreateDEK(ctx, n.id, n.spec)
+	}
+	if err := c.current(ctx, keys, n.source); err != nil {
+		return dek.DEK{}, err
+	}
+	return keys.CloneDEK(ctx, n.id, n.spec, n.source)
 }
 
 // ClaimFormat answers with the claim that holds.

@@ -53,6 +53,7 @@ type NodeKeys interface {
 // AdminKeys is what controllers and operators ask for, likewise.
 type AdminKeys interface {
 	CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error)
+	CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error)
 	RewrapDEK(ctx context.Context, id dek.ID) error
 	DeleteDEK(ctx context.Context, id dek.ID) error
 }

@@ -640,6 +640,10 @@ func TestBadRequests(t *testing.T) {
 		_, err := c.CreateDEK(t.Context(), &keyservicev1.CreateDEKRequest{Id: string(vol), Spec: s, Recipient: recipient})
 		return err
 	}
+	clone := func(source string) error {
+		_, err := c.CreateDEK(t.Context(), &keyservicev1.CreateDEKRequest{Id: string(vol), Spec: wireSpec(), Source: source})
+		return err
+	}
 	claim := func(cl *keyservicev1.Claim) error {
 		_, err := c.ClaimFormat(t.Context(), &keyservicev1.ClaimFormatRequest{Id: string(vol), Claim: cl})
 		return err
@@ -653,7 +657,8 @@ func TestBadRequests(t *testing.T) {
 		"no ID":              get("", good),
 		"a long ID":          get(long, good),
 		"an ID with a space": get("a b", good),
-		"no recipient":       get(string(vol), nil),
+		"its own source":     clone(string(vol)),
+		"a source of no DEK": clone("a b"),
 		"a short recipient":  get(string(vol), good[:31]),
 		"a long recipient":   get(string(vol), append(good, 0)),
 		"a zero recipient":   get(string(vol), make([]byte, 32)),

@@ -255,7 +255,7 @@ func TestSealed(t *testing.T) {
 
 	// What serve was told counts after unsealing too.
 	controllerCert, controllerKey := ca.Issue(t, "controller")
-	controller := client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: controllerCert, KeyFile: controllerKey, CreateWithoutKey: true})
+	controller := client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: controllerCert, KeyFile: controllerKey, WithoutKeys: true})
 	wants(t, "DeleteDEK", controller.DeleteDEK(t.Context(), "d/one"), nil)
 	must(t, []string{"dek", "restore", "--kms-uri", "cluster://" + master + "?salt-file=" + salt, "--storage-uri", "file://" + dir, "d/one"}, "restored")
 }
@@ -368,7 +368,7 @@ func TestAttached(t *testing.T) {
 		"--tls-cert-file="+cert, "--tls-key-file="+key, "--client-ca-file="+ca.File, "--controller-identity=controller")...)
 	as := func(name string, without bool) *keyclient.Client {
 		cert, key := ca.Issue(t, name)
-		return client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: cert, KeyFile: key, CreateWithoutKey: without})
+		return client(t, keyclient.Config{Address: "dns:///" + addr, CAFile: ca.File, CertFile: cert, KeyFile: key, WithoutKeys: without})
 	}
 	controller, a, b := as("controller", true), as("system:node:a", false), as("system:node:b", false)
 

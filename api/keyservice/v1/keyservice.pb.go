@@ -27,7 +27,8 @@ type GetDEKRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// A one-time public key of the caller's (HPKE, RFC 9180: DHKEM(X25519,
-	// HKDF-SHA256), 32 bytes), for which the answer's keys are sealed.
+	// HKDF-SHA256), 32 bytes), for which the answer's keys are sealed. Empty for
+	// an answer without keys, which is for controllers.
 	Recipient     []byte `protobuf:"bytes,2,opt,name=recipient,proto3" json:"recipient,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -78,10 +79,13 @@ func (x *GetDEKRequest) GetRecipient() []byte {
 }
 
 type CreateDEKRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Spec          *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
-	Recipient     []byte                 `protobuf:"bytes,3,opt,name=recipient,proto3" json:"recipient,omitempty"` // as in GetDEKRequest, or empty
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Spec      *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	Recipient []byte                 `protobuf:"bytes,3,opt,name=recipient,proto3" json:"recipient,omitempty"` // as in GetDEKRequest, or empty
+	// The DEK whose disk the new one's is a copy of, a volume's or a snapshot's;
+	// empty for a new disk. The spec must be the source's but for the name.
+	Source        string `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -135,6 +139,13 @@ func (x *CreateDEKRequest) GetRecipient() []byte {
 		return x.Recipient
 	}
 	return nil
+}
+
+func (x *CreateDEKRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
 }
 
 type ClaimFormatRequest struct {
@@ -1091,11 +1102,12 @@ const file_api_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\"api/keyservice/v1/keyservice.proto\x12\x16cryptcsi.keyservice.v1\"=\n" +
 	"\rGetDEKRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
-	"\trecipient\x18\x02 \x01(\fR\trecipient\"r\n" +
+	"\trecipient\x18\x02 \x01(\fR\trecipient\"\x8a\x01\n" +
 	"\x10CreateDEKRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x120\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1c.cryptcsi.keyservice.v1.SpecR\x04spec\x12\x1c\n" +
-	"\trecipient\x18\x03 \x01(\fR\trecipient\"Y\n" +
+	"\trecipient\x18\x03 \x01(\fR\trecipient\x12\x16\n" +
+	"\x06source\x18\x04 \x01(\tR\x06source\"Y\n" +
 	"\x12ClaimFormatRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\x05claim\x18\x02 \x01(\v2\x1d.cryptcsi.keyservice.v1.ClaimR\x05claim\"[\n" +

@@ -54,11 +54,12 @@ const (
 // Limits: IDs 1 to 256 bytes of printable ASCII, names 256 bytes, requests
 // 8 KiB. Keys are 32 bytes and travel sealed to a key of the caller's.
 type KeyServiceClient interface {
-	// GetDEK returns the DEK with what its record says. It never makes one.
+	// GetDEK returns the DEK with what its record says. It never makes one. For
+	// a controller, which has no use for keys, there are none in the answer.
 	GetDEK(ctx context.Context, in *GetDEKRequest, opts ...grpc.CallOption) (*DEK, error)
-	// CreateDEK returns the DEK, made now or before with the same spec. A key is
-	// in the answer only where there is a recipient: who only has to make one
-	// has no use for it.
+	// CreateDEK returns the DEK, made now or before with the same spec and
+	// source. A key is in the answer only where there is a recipient: who only
+	// has to make one has no use for it.
 	CreateDEK(ctx context.Context, in *CreateDEKRequest, opts ...grpc.CallOption) (*DEK, error)
 	// ClaimFormat announces that the caller's node is about to format, and
 	// returns the claim that holds: an earlier one of the same node, if any.
@@ -165,11 +166,12 @@ func (c *keyServiceClient) DeleteDEK(ctx context.Context, in *DeleteDEKRequest, 
 // Limits: IDs 1 to 256 bytes of printable ASCII, names 256 bytes, requests
 // 8 KiB. Keys are 32 bytes and travel sealed to a key of the caller's.
 type KeyServiceServer interface {
-	// GetDEK returns the DEK with what its record says. It never makes one.
+	// GetDEK returns the DEK with what its record says. It never makes one. For
+	// a controller, which has no use for keys, there are none in the answer.
 	GetDEK(context.Context, *GetDEKRequest) (*DEK, error)
-	// CreateDEK returns the DEK, made now or before with the same spec. A key is
-	// in the answer only where there is a recipient: who only has to make one
-	// has no use for it.
+	// CreateDEK returns the DEK, made now or before with the same spec and
+	// source. A key is in the answer only where there is a recipient: who only
+	// has to make one has no use for it.
 	CreateDEK(context.Context, *CreateDEKRequest) (*DEK, error)
 	// ClaimFormat announces that the caller's node is about to format, and
 	// returns the claim that holds: an earlier one of the same node, if any.
