@@ -24,12 +24,9 @@ const keyDEKID = KeyPrefix + "dek-id"
 // that ask for integrity: "ext4-integrity".
 const integrityForm = "-integrity"
 
-// fsType reads a capability's filesystem: its type, and whether the name asks
+// readFSType reads a capability's filesystem: its type, and whether the name asks
 // for integrity as Constellation's do.
-func (d *Driver) fsType(name string) (fstype string, integrity bool) {
-	if d.cfg.Constellation == nil {
-		return name, false
-	}
+func readFSType(name string) (fstype string, integrity bool) {
 	return strings.CutSuffix(name, integrityForm)
 }
 

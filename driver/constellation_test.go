@@ -182,13 +182,13 @@ func ourKey(t *testing.T) driver.Keys {
 	return keys
 }
 
-// Outside of Constellation mode a volume context names no key, and the names of
-// filesystems are what they are.
+// Outside of Constellation mode a volume context names no key. The names of
+// filesystems ask for integrity there too.
 func TestWithoutConstellation(t *testing.T) {
 	c := &constellation{machine: newMachine(t)}
 	c.start()
 	c.refused("another key", c.stageAs(mountCap("ext4"), "cryptcsi.io/dek-id", luksUUID), codes.InvalidArgument, "--key-service-protocol=constellation")
-	c.refused("their form", c.stage(mountCap("ext4-integrity")), codes.InvalidArgument, "ext4-integrity")
+	c.refused("their form", c.stage(mountCap("ext4-integrity")), codes.FailedPrecondition, "no integrity")
 	c.clean()
 
 	c = newConstellation(t, dek.IntegrityNone, "ext4")

@@ -128,20 +128,18 @@ func New(ctx context.Context, cfg Config) (*Driver, error) {
 	if err := checkConfig(cfg); err != nil {
 		return nil, err
 	}
-	w, err := newWrapped(ctx, cfg)
+	w, err := newWrapped(ctx, cfg.Wrapped, cfg.Profile)
 	if err != nil {
 		return nil, err
 	}
 	if cfg.StageWith == StageWithWrapped && !w.profile.HandOver {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "the wrapped driver %s is not known to stage the device that it is told: only %q is possible", w.name, StageWithProxy)
 	}
-	name := cfg.DriverName
-	if name == "" {
-		name = w.name
+	name, err := w.nameOr(cfg.DriverName)
+	if err != nil {
+		return nil, err
 	}
-	if !driverName.MatchString(name) {
-		return nil, errdefs.Errorf(errdefs.ErrInvalid, "driver name %q: must be up to 63 letters, digits, dots and dashes", name)
-	}
+	cfg.TolerateUngrown = cfg.TolerateUngrown || w.profile.NeverGrows
 	boot, err := cfg.BootID()
 	if err != nil {
 		return nil, fmt.Errorf("reading the boot ID: %w", err)
@@ -228,7 +226,7 @@ func (d *Driver) Name() string { return d.name }
 
 // Register adds the services that the driver answers itself.
 func (d *Driver) Register(s grpc.ServiceRegistrar) {
-	csi.RegisterIdentityServer(s, identity{Driver: d})
+	csi.RegisterIdentityServer(s, identity{name: d.name, version: d.cfg.Version, manifest: d.cfg.Manifest, wrapped: d.wrapped})
 	csi.RegisterNodeServer(s, node{Driver: d})
 }
 

@@ -126,7 +126,7 @@ func (d *Driver) expandInner(ctx context.Context, v volume, st *state, req *csi.
 		inner.StagingTargetPath = v.stageDir()
 	}
 	mode := csi.VolumeCapability_AccessMode_Mode(csi.VolumeCapability_AccessMode_Mode_value[st.AccessMode])
-	inner.VolumeCapability = asBlock(&csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: mode}}, caps)
+	inner.VolumeCapability = d.wrapped.profile.asBlock(&csi.VolumeCapability{AccessMode: &csi.VolumeCapability_AccessMode{Mode: mode}}, caps)
 	_, err = call(ctx, d.wrapped, "NodeExpandVolume", func(ctx context.Context) (*csi.NodeExpandVolumeResponse, error) {
 		return d.wrapped.node.NodeExpandVolume(ctx, inner)
 	})

@@ -31,6 +31,23 @@ type Creator interface {
 	CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error)
 }
 
+// ControllerKeys is what a controller does to DEKs: the key service's client,
+// or envelope.Keyring in direct mode. All methods are idempotent and safe for
+// concurrent use; errors are of errdefs' classes. A DEK that is returned may
+// come without its keys, which a controller has no use for; it wipes them.
+type ControllerKeys interface {
+	Creator
+	// GetDEK returns what the record says. ErrNotFound where there is none.
+	GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
+	// CloneDEK is CreateDEK for a volume or snapshot whose disk is a copy of
+	// source's. ErrExists where a DEK exists that is no clone of source under
+	// that name; ErrConflict while source's key is being replaced.
+	CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error)
+	// DeleteDEK destroys the DEK; nil where that was done before, ErrNotFound
+	// where there never was one. The ID never gets another.
+	DeleteDEK(ctx context.Context, id dek.ID) error
+}
+
 // Volume tells a Mapper which device to map under which name.
 type Volume struct {
 	Name     string // of the mapping: MappingName

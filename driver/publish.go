@@ -29,7 +29,7 @@ func (d *Driver) newPublishing(req *csi.NodePublishVolumeRequest) (*publishing, 
 	if err != nil {
 		return nil, err
 	}
-	want, _, err := d.readCapability(req.GetVolumeCapability())
+	want, _, err := readCapability(req.GetVolumeCapability())
 	if err != nil {
 		return nil, err
 	}

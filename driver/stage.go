@@ -53,7 +53,7 @@ func (d *Driver) newStaging(req *csi.NodeStageVolumeRequest) (*staging, error) {
 	if err != nil {
 		return nil, err
 	}
-	want, integrity, err := d.readCapability(req.GetVolumeCapability())
+	want, integrity, err := readCapability(req.GetVolumeCapability())
 	if err != nil {
 		return nil, err
 	}
@@ -66,12 +66,15 @@ func (d *Driver) newStaging(req *csi.NodeStageVolumeRequest) (*staging, error) {
 	if s.integrity, err = d.askedIntegrity(integrity, req.GetVolumeContext()); err != nil {
 		return nil, err
 	}
-	return s, s.checkSharing(s.integrity)
+	if err := d.wrapped.profile.refuses(foreign(req.GetVolumeContext()), req.GetPublishContext(), req.GetSecrets()); err != nil {
+		return nil, err
+	}
+	return s, checkSharing(want, s.integrity, d.wrapped.profile)
 }
 
 // readCapability translates a capability, and tells whether its filesystem asks
 // for integrity. Its errors are ErrInvalid.
-func (d *Driver) readCapability(c *csi.VolumeCapability) (i intent, integrity bool, err error) {
+func readCapability(c *csi.VolumeCapability) (i intent, integrity bool, err error) {
 	invalid := func(format string, args ...any) (intent, bool, error) {
 		return intent{}, false, errdefs.Errorf(errdefs.ErrInvalid, format, args...)
 	}
@@ -89,7 +92,7 @@ func (d *Driver) readCapability(c *csi.VolumeCapability) (i intent, integrity bo
 		i.AccessType = accessBlock
 	case c.GetMount() != nil:
 		i.AccessType = accessMount
-		i.FSType, integrity = d.fsType(c.GetMount().GetFsType())
+		i.FSType, integrity = readFSType(c.GetMount().GetFsType())
 		i.MountFlags = c.GetMount().GetMountFlags()
 		i.ReadOnly = i.ReadOnly || slices.Contains(i.MountFlags, "ro")
 		if i.FSType != "" && !slices.Contains(FSTypes(), i.FSType) {
@@ -147,19 +150,16 @@ func ownEntries(volumeContext map[string]string) map[string]string {
 
 // checkSharing refuses what would destroy data on several nodes. The wrapped
 // driver, which is asked for block volumes only, no longer does.
-func (s *staging) checkSharing(integrity dek.Integrity) error {
-	var many, writers bool
-	switch s.want.AccessMode {
-	case csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY.String():
-		many = true
-	case csi.VolumeCapability_AccessMode_MULTI_NODE_SINGLE_WRITER.String(), csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER.String():
-		many, writers = true, true
-	}
-	if writers && s.want.AccessType == accessMount {
-		return errdefs.Errorf(errdefs.ErrInvalid, "access mode %s: a filesystem that several nodes write to at once is destroyed; use a block volume or one node", s.want.AccessMode)
+func checkSharing(want intent, integrity dek.Integrity, p Profile) error {
+	many, writers := multiNode(want.AccessMode)
+	if writers && want.AccessType == accessMount {
+		return errdefs.Errorf(errdefs.ErrInvalid, "access mode %s: a filesystem that several nodes write to at once is destroyed; use a block volume or one node", want.AccessMode)
 	}
 	if many && integrity != dek.IntegrityNone {
-		return errdefs.Errorf(errdefs.ErrInvalid, "access mode %s: a volume with integrity keeps a journal on the disk and can be used on one node at a time", s.want.AccessMode)
+		return errdefs.Errorf(errdefs.ErrInvalid, "access mode %s: a volume with integrity keeps a journal on the disk and can be used on one node at a time", want.AccessMode)
+	}
+	if many && p.OneNode {
+		return errdefs.Errorf(errdefs.ErrInvalid, "access mode %s: the wrapped driver makes a network filesystem of a volume for several nodes, which cannot be encrypted", want.AccessMode)
 	}
 	return nil
 }
@@ -295,10 +295,13 @@ func (s *staging) fetchKey(ctx context.Context) error {
 	if err := s.asMade(&s.key, s.integrity); err != nil {
 		return err
 	}
+	if key.State == dek.Rotating {
+		return errdefs.Errorf(errdefs.ErrState, "volume %s opens with another key than its own (%s): replacing it, after a rotation or on the first use of a restored snapshot or a clone, is not possible with this version of csi-plugin", s.v.id, previousOf(key))
+	}
 	if s.integrity != dek.IntegrityNone && s.key.Spec.Integrity == dek.IntegrityNone {
 		return errdefs.Errorf(errdefs.ErrState, "volume %s has no integrity, but the node's policy or the volume itself demands it: copy the data to a new volume that has it", s.v.id)
 	}
-	if err := s.checkSharing(s.key.Spec.Integrity); err != nil {
+	if err := checkSharing(s.want, s.key.Spec.Integrity, s.wrapped.profile); err != nil {
 		return err
 	}
 	if key.State != dek.Prepared || s.want.ReadOnly {
@@ -310,6 +313,14 @@ func (s *staging) fetchKey(ctx context.Context) error {
 	}
 	s.key.Claim = claim
 	return nil
+}
+
+// previousOf says whose key a volume in state rotating still opens with.
+func previousOf(key dek.DEK) string {
+	if key.Source != "" {
+		return "that of its source " + string(key.Source)
+	}
+	return "its previous one"
 }
 
 // open maps the device, makes sure that the mapping is on it, and lets it grow

@@ -20,18 +20,20 @@ import (
 
 // wrapped is the driver that we stand in front of.
 type wrapped struct {
-	name     string
-	profile  Profile
-	identity csi.IdentityClient
-	node     csi.NodeClient
+	name       string
+	profile    Profile
+	identity   csi.IdentityClient
+	node       csi.NodeClient
+	controller csi.ControllerClient
 }
 
 // callTimeout bounds a call of the wrapped driver whose caller set no bound.
 const callTimeout = 2 * time.Minute
 
 // newWrapped asks the driver for its name, waiting for it to come up.
-func newWrapped(ctx context.Context, cfg Config) (*wrapped, error) {
-	w := &wrapped{name: "(not known yet)", identity: csi.NewIdentityClient(cfg.Wrapped), node: csi.NewNodeClient(cfg.Wrapped)}
+// It has the profile given, or else the one of its name.
+func newWrapped(ctx context.Context, conn grpc.ClientConnInterface, profile *Profile) (*wrapped, error) {
+	w := &wrapped{name: "(not known yet)", identity: csi.NewIdentityClient(conn), node: csi.NewNodeClient(conn), controller: csi.NewControllerClient(conn)}
 	info, err := call(ctx, w, "GetPluginInfo", func(ctx context.Context) (*csi.GetPluginInfoResponse, error) {
 		return w.identity.GetPluginInfo(ctx, &csi.GetPluginInfoRequest{}, grpc.WaitForReady(true))
 	})
@@ -39,14 +41,25 @@ func newWrapped(ctx context.Context, cfg Config) (*wrapped, error) {
 		return nil, err
 	}
 	w.name = info.GetName()
-	w.profile = profileOf(w.name)
-	if cfg.Profile != nil {
-		w.profile = *cfg.Profile
+	w.profile, _ = ProfileOf(w.name)
+	if profile != nil {
+		w.profile = *profile
 	}
 	if w.profile.Refused != "" {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "driver %s cannot be wrapped: %s", w.name, w.profile.Refused)
 	}
 	return w, nil
+}
+
+// nameOr returns the name to serve under: the one given, or the wrapped driver's.
+func (w *wrapped) nameOr(name string) (string, error) {
+	if name == "" {
+		name = w.name
+	}
+	if !driverName.MatchString(name) {
+		return "", errdefs.Errorf(errdefs.ErrInvalid, "driver name %q: must be up to 63 letters, digits, dots and dashes", name)
+	}
+	return name, nil
 }
 
 // call calls the wrapped driver with a deadline. A status of its own keeps its
@@ -93,14 +106,14 @@ func (w *wrapped) stage(ctx context.Context, req *csi.NodeStageVolumeRequest) er
 	_, err := call(ctx, w, "NodeStageVolume", func(ctx context.Context) (*csi.NodeStageVolumeResponse, error) {
 		return w.node.NodeStageVolume(ctx, req)
 	})
-	return err
+	return w.profile.ready(err)
 }
 
 func (w *wrapped) publish(ctx context.Context, req *csi.NodePublishVolumeRequest) error {
 	_, err := call(ctx, w, "NodePublishVolume", func(ctx context.Context) (*csi.NodePublishVolumeResponse, error) {
 		return w.node.NodePublishVolume(ctx, req)
 	})
-	return err
+	return w.profile.ready(err)
 }
 
 // unstage undoes stage. A volume that the driver no longer knows is unstaged;
@@ -138,7 +151,7 @@ func (d *Driver) borrow(ctx context.Context, v volume, req *csi.NodeStageVolumeR
 	inner := proto.CloneOf(req) // and not a new message: fields that we do not know stay in it
 	inner.StagingTargetPath = v.stageDir()
 	inner.VolumeContext = foreign(req.GetVolumeContext())
-	inner.VolumeCapability = asBlock(req.GetVolumeCapability(), caps)
+	inner.VolumeCapability = d.wrapped.profile.asBlock(req.GetVolumeCapability(), caps)
 	staging := ""
 	if caps.has(csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME) {
 		if err := d.wrapped.stage(ctx, inner); err != nil {
@@ -168,9 +181,10 @@ func (d *Driver) borrow(ctx context.Context, v volume, req *csi.NodeStageVolumeR
 }
 
 // asBlock is the capability with which a volume is borrowed.
-func asBlock(c *csi.VolumeCapability, caps nodeCapabilities) *csi.VolumeCapability {
+func (p Profile) asBlock(c *csi.VolumeCapability, caps nodeCapabilities) *csi.VolumeCapability {
 	block := proto.CloneOf(c)
-	block.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
+	makeBlock(block)
+	p.setMode(block)
 	if !caps.has(csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER) {
 		switch block.GetAccessMode().GetMode() {
 		case csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER, csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:
@@ -178,6 +192,19 @@ func asBlock(c *csi.VolumeCapability, caps nodeCapabilities) *csi.VolumeCapabili
 		}
 	}
 	return block
+}
+
+// makeBlock makes c the capability of a block volume.
+func makeBlock(c *csi.VolumeCapability) {
+	c.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
+}
+
+// setMode makes the access mode one that the driver knows. It is shown the
+// volume as writable by one node at most, which a reader-only one is too.
+func (p Profile) setMode(c *csi.VolumeCapability) {
+	if many, _ := multiNode(c.GetAccessMode().GetMode().String()); p.SingleWriter && !many && c.GetAccessMode() != nil {
+		c.AccessMode.Mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
+	}
 }
 
 // foreign returns a volume context without our own entries.

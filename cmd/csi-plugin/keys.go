@@ -22,6 +22,12 @@ type keys interface {
 	Close() error
 }
 
+// allKeys is the same for a controller too.
+type allKeys interface {
+	keys
+	driver.ControllerKeys
+}
+
 // keyFlags say where a verb's DEKs come from: a key service, or KMS and store.
 type keyFlags struct {
 	direct            keyconfig.Flags
@@ -81,13 +87,15 @@ func (f *keyFlags) check(verb string) error {
 type keyOptions struct {
 	attempts  int  // of each call to the key service; 0 is its client's own
 	checkOnly bool // the configuration is tried, nothing is used
-	kms       func(kms.Call)
-	service   func(keyclient.Call)
-	state     func(func() string) // gets what tells the key service's client's state
+	// withoutKeys: the key service's answers need no keys in them.
+	withoutKeys bool
+	kms         func(kms.Call)
+	service     func(keyclient.Call)
+	state       func(func() string) // gets what tells the key service's client's state
 }
 
 // open opens what the flags name; the function closes it.
-func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (keys, func(), error) {
+func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (allKeys, func(), error) {
 	if f.service.address == "" {
 		return f.openDirect(ctx, log, o)
 	}
@@ -95,6 +103,7 @@ func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (ke
 		Address: f.service.address, CAFile: f.service.ca, CertFile: f.service.cert, KeyFile: f.service.key,
 		TokenFile: f.service.token, ServerName: f.service.name, Protocol: keyclient.Protocol(f.service.protocol),
 		AllowPlaintextOverTheNetwork: f.service.plaintext, Timeout: f.service.timeout, Attempts: o.attempts, Observe: o.service,
+		WithoutKeys: o.withoutKeys,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -106,7 +115,7 @@ func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (ke
 }
 
 // openDirect opens KEKs and stores, as one Keyring: direct mode.
-func (f *keyFlags) openDirect(ctx context.Context, log *slog.Logger, o keyOptions) (_ keys, closeAll func(), err error) {
+func (f *keyFlags) openDirect(ctx context.Context, log *slog.Logger, o keyOptions) (_ allKeys, closeAll func(), err error) {
 	opened, err := f.direct.Open(ctx, kms.Options{Observe: o.kms}, log)
 	if err != nil {
 		return nil, nil, err

@@ -29,6 +29,7 @@ var (
 const usage = `csi-plugin encrypts the volumes of another CSI driver.
 
   csi-plugin node      serve CSI on the node, in front of the wrapped driver's node socket
+  csi-plugin controller  serve CSI's controller, in front of the wrapped driver's
   csi-plugin rekey     give a volume that Constellation made to a key of its own
   csi-plugin open      open one encrypted device that is no CSI volume, and print its path
   csi-plugin close     close it
@@ -55,6 +56,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch verb, rest := strings.TrimLeft(args[0], "-"), args[1:]; verb {
 	case "node":
 		err = node(ctx, rest, stderr)
+	case "controller":
+		err = controller(ctx, rest, stderr)
 	case "open":
 		err = openDevice(ctx, rest, stdout, stderr)
 	case "close":

@@ -28,7 +28,11 @@ func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stu
 		retries: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cryptcsi_key_service_retries_total",
 			Help: "Attempts after the first of a call to the key service, by method."}, []string{"method"}),
 	}
-	m.Add(m.operations, m.keyService, m.retries)
+	m.Add(m.keyService, m.retries)
+	if list == nil { // a controller has no mappings
+		return m
+	}
+	m.Add(m.operations)
 	m.Gauge("cryptcsi_open_mappings", "Crypt devices open on this node.", func() float64 {
 		l, err := list()
 		if err != nil {

@@ -232,7 +232,7 @@ func (b *bench) newClient(name string, to *process, observe func(keyclient.Call)
 		return nil, err
 	}
 	return keyclient.New(keyclient.Config{Address: "dns:///" + to.address, CAFile: b.path("ca.crt"), CertFile: cert, KeyFile: key,
-		CreateWithoutKey: name == controller, Observe: observe})
+		WithoutKeys: name == controller, Observe: observe})
 }
 
 // getting is GetDEK on kept connections as far as the server goes: the callers'

@@ -63,7 +63,7 @@ func (s *Stack) makeKeyService(ctx context.Context) error {
 		return err
 	}
 	c := s.KeyClient(ControllerIdentity)
-	c.CreateWithoutKey = true
+	c.WithoutKeys = true
 	if s.keys.controller, err = keyclient.New(c); err != nil {
 		return err
 	}

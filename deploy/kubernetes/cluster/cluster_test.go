@@ -135,7 +135,7 @@ func TestKeyService(t *testing.T) {
 
 	client := func(token string) *keyclient.Client {
 		k, err := keyclient.New(keyclient.Config{Address: "dns:///" + addr, CAFile: filepath.Join(tls, "ca.crt"), ServerName: server,
-			TokenFile: token, CreateWithoutKey: true, Attempts: 1})
+			TokenFile: token, WithoutKeys: true, Attempts: 1})
 		must(t, "client", err)
 		t.Cleanup(func() { _ = k.Close() })
 		return k

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"context"
+	"io"
+	"strings"
+
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// parseControllerFlags returns the configuration of `csi-plugin controller`.
+func parseControllerFlags(args []string, stderr io.Writer) (*frontFlags, error) {
+	f := &frontFlags{}
+	fs := newFlags("controller", stderr)
+	f.add(fs)
+	f.keys.direct.Add(fs)
+	f.keys.service.add(fs)
+	f.keys.create = true
+	if err := f.parse(fs, args); err != nil {
+		return nil, err
+	}
+	if keyclient.Protocol(f.keys.service.protocol) == keyclient.ProtocolConstellation {
+		return nil, usageError("controller: --key-service-protocol=constellation: their key service keeps no records, so there is nothing to make or delete")
+	}
+	return f, nil
+}
+
+// controller serves the controller side of CSI until ctx ends.
+func controller(ctx context.Context, args []string, stderr io.Writer) error {
+	f, err := parseControllerFlags(args, stderr)
+	if err != nil {
+		return err
+	}
+	log, err := f.log.Logger(stderr)
+	if err != nil {
+		return usageError("controller: " + err.Error())
+	}
+	if f.file.Check {
+		return f.tryKeys(ctx, log, stderr)
+	}
+	log.Info("csi-plugin controller starts", "version", version, "commit", commit, "kms", strings.Join(schemes(), ","))
+	if err := secret.Harden(); err != nil {
+		return err
+	}
+	m := newMeasured("", nil, nil)
+	keys, closeKeys, err := f.keys.open(ctx, log, keyOptions{withoutKeys: true, kms: m.KMS, service: m.keyCall, state: m.watchKeyService})
+	if err != nil {
+		return err
+	}
+	defer closeKeys()
+	conn, err := dial(f.wrapped)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	starting, cancel := context.WithTimeout(ctx, f.startTimeout)
+	defer cancel()
+	c, err := driver.NewController(starting, driver.ControllerConfig{
+		DriverName: f.driverName, Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Logger: log,
+		Version: version, Manifest: map[string]string{"commit": commit, "kms": strings.Join(schemes(), ",")},
+	})
+	if err != nil {
+		return err
+	}
+	return f.serve(ctx, log, c, conn, m)
+}
