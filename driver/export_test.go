@@ -10,3 +10,10 @@ var (
 )
 
 const SuperArea = superArea
+
+// For tests of the controller.
+var (
+	DeviceSize = deviceSize
+	UsableSize = usableSize
+	Profiles   = profiles
+)

@@ -165,7 +165,7 @@ const (
 func (m *machine) stageRequest(c *csi.VolumeCapability) *csi.NodeStageVolumeRequest {
 	return &csi.NodeStageVolumeRequest{
 		VolumeId: volumeID, StagingTargetPath: m.staging(), VolumeCapability: c,
-		PublishContext: m.disk.Context(), Secrets: map[string]string{"token": "hunter2"},
+		PublishContext: m.wrapped.Context(m.disk), Secrets: map[string]string{"token": "hunter2"},
 		VolumeContext: map[string]string{"theirs": "1"},
 	}
 }

@@ -173,7 +173,7 @@ func TestTheWrappedDriverSeesItsOwnContextOnly(t *testing.T) {
 	_, err := m.node.NodeStageVolume(t.Context(), req)
 	m.ok("stage", err)
 	last := m.wrapped.LastStage()
-	if !cmp.Equal(last.GetVolumeContext(), map[string]string{"theirs": "1"}) || !cmp.Equal(last.GetPublishContext(), m.disk.Context()) {
+	if !cmp.Equal(last.GetVolumeContext(), map[string]string{"theirs": "1"}) || !cmp.Equal(last.GetPublishContext(), m.wrapped.Context(m.disk)) {
 		t.Errorf("the wrapped driver got volume context %v and publish context %v", last.GetVolumeContext(), last.GetPublishContext())
 	}
 	if path := last.GetStagingTargetPath(); path == m.staging() || !strings.HasPrefix(path, filepath.Join(m.dir, "kubelet/plugins/kubernetes.io/csi/")) {

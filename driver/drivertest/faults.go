@@ -117,6 +117,32 @@ func (x faultyKeys) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) e
 	return x.f.Step("ConfirmDEK", func() error { return x.k.ConfirmDEK(ctx, id, h) })
 }
 
+// ControllerKeys puts steps around k.
+func (f *Faults) ControllerKeys(k driver.ControllerKeys) driver.ControllerKeys {
+	return faultyControllerKeys{f, k}
+}
+
+type faultyControllerKeys struct {
+	f *Faults
+	k driver.ControllerKeys
+}
+
+func (x faultyControllerKeys) GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error) {
+	return value(x.f, "GetDEK", func() (dek.DEK, error) { return x.k.GetDEK(ctx, id) })
+}
+
+func (x faultyControllerKeys) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error) {
+	return value(x.f, "CreateDEK", func() (dek.DEK, error) { return x.k.CreateDEK(ctx, id, spec) })
+}
+
+func (x faultyControllerKeys) CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error) {
+	return value(x.f, "CloneDEK", func() (dek.DEK, error) { return x.k.CloneDEK(ctx, id, spec, source) })
+}
+
+func (x faultyControllerKeys) DeleteDEK(ctx context.Context, id dek.ID) error {
+	return x.f.Step("DeleteDEK", func() error { return x.k.DeleteDEK(ctx, id) })
+}
+
 // Mapper puts steps around m.
 func (f *Faults) Mapper(m driver.Mapper) driver.Mapper { return faultyMapper{f, m} }
 

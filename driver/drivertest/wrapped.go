@@ -1,16 +1,20 @@
 package drivertest
 
 import (
+	"cmp"
 	"context"
 	"maps"
 	"os"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -26,6 +30,7 @@ type Wrapped struct {
 
 	Kernel *Kernel
 	Name   string // "": loop.cryptcsi.io
+	Key    string // of the publish context's entry for the device; "": devicePath
 	Secret string // what node stage secrets must hold under "token"
 
 	NoStage     bool // NodeStageVolume is Unimplemented
@@ -35,10 +40,21 @@ type Wrapped struct {
 	MountsRaw   bool // mounts its own device, whatever it is told
 	Forgets     bool // undoing is NotFound, and done
 
-	mu      sync.Mutex
-	volumes map[string]*Disk // by volume ID
-	last    *csi.NodeStageVolumeRequest
-	calls   []string
+	// What the controller answers.
+	AnswerVolume   string            // CreateVolume answers with this ID, whatever it made
+	AnswerSnapshot string            // CreateSnapshot likewise
+	AnswerContext  map[string]string // and adds this volume context
+	Rounds         int64             // sizes are multiples of this
+	NotBlock       bool              // confirms no block volume
+
+	// NodeFault, if set, fails calls of the node.
+	NodeFault func(rpc string) error
+
+	mu        sync.Mutex
+	volumes   map[string]*Disk     // by volume ID
+	snapshots map[string]*snapshot // by snapshot ID
+	last      *csi.NodeStageVolumeRequest
+	calls     []string
 }
 
 // Disk is one volume of a Wrapped.
@@ -48,6 +64,12 @@ type Disk struct {
 	Size    int64
 	stages  map[string]string // staging path: access type
 	targets map[string]string // target path: access type
+}
+
+// snapshot is one of a Wrapped's.
+type snapshot struct {
+	name, source string
+	size         int64
 }
 
 // The name of the publish context's entry for the device.
@@ -77,7 +99,24 @@ func (w *Wrapped) create(id, name string, size int64) *Disk {
 }
 
 // Context is the volume's publish context.
-func (d *Disk) Context() map[string]string { return map[string]string{deviceKey: d.Path} }
+func (w *Wrapped) Context(d *Disk) map[string]string { return map[string]string{w.key(): d.Path} }
+
+func (w *Wrapped) key() string { return cmp.Or(w.Key, deviceKey) }
+
+// Volumes lists the IDs of the volumes that exist, and Snapshots those of the
+// snapshots.
+func (w *Wrapped) Volumes() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Sorted(maps.Keys(w.volumes))
+}
+
+// Snapshots is Volumes' counterpart.
+func (w *Wrapped) Snapshots() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Sorted(maps.Keys(w.snapshots))
+}
 
 // InUse lists what the driver has staged and published.
 func (w *Wrapped) InUse() []string {
@@ -131,6 +170,13 @@ func (w *Wrapped) volume(id string) (*Disk, error) {
 	return d, nil
 }
 
+func (w *Wrapped) fault(rpc string) error {
+	if w.NodeFault == nil {
+		return nil
+	}
+	return w.NodeFault(rpc)
+}
+
 // access checks what every call of the node must have.
 func (w *Wrapped) access(rpc string, c *csi.VolumeCapability, volumeContext, secrets map[string]string) string {
 	kind := "mount"
@@ -165,6 +211,9 @@ func (w *Wrapped) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeR
 	if err != nil {
 		return nil, err
 	}
+	if err := w.fault("stage"); err != nil {
+		return nil, err
+	}
 	kind := w.access("stage", req.GetVolumeCapability(), req.GetVolumeContext(), req.GetSecrets())
 	if kind == "mount" {
 		if err := w.mountDevice(ctx, d, req.GetPublishContext(), req.GetStagingTargetPath(), req.GetVolumeCapability()); err != nil {
@@ -178,7 +227,7 @@ func (w *Wrapped) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeR
 }
 
 func (w *Wrapped) mountDevice(ctx context.Context, d *Disk, publishContext map[string]string, path string, c *csi.VolumeCapability) error {
-	device := publishContext[deviceKey]
+	device := publishContext[w.key()]
 	if w.MountsRaw {
 		device = d.Path
 	}
@@ -329,6 +378,9 @@ func (w *Wrapped) NodeExpandVolume(_ context.Context, req *csi.NodeExpandVolumeR
 	if err != nil {
 		return nil, err
 	}
+	if err := w.fault("expand"); err != nil {
+		return nil, err
+	}
 	if d.targets[req.GetVolumePath()] != "block" || req.GetVolumeCapability().GetBlock() == nil {
 		return nil, errdefs.Errorf(errdefs.ErrNotFound, "no block volume at %s", req.GetVolumePath())
 	}
@@ -373,6 +425,7 @@ func (w *Wrapped) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*cs
 func (w *Wrapped) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
 	return &csi.GetPluginCapabilitiesResponse{Capabilities: []*csi.PluginCapability{
 		{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: csi.PluginCapability_Service_CONTROLLER_SERVICE}}},
+		{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE}}},
 		{Type: &csi.PluginCapability_VolumeExpansion_{VolumeExpansion: &csi.PluginCapability_VolumeExpansion{Type: csi.PluginCapability_VolumeExpansion_ONLINE}}},
 	}}, nil
 }
@@ -390,6 +443,11 @@ func (w *Wrapped) ControllerGetCapabilities(context.Context, *csi.ControllerGetC
 		csi.ControllerServiceCapability_RPC_PUBLISH_UNPUBLISH_VOLUME,
 		csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+		csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+		csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
+		csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
+		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
 	} {
 		resp.Capabilities = append(resp.Capabilities, &csi.ControllerServiceCapability{Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: t}}})
 	}
@@ -408,7 +466,27 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	for key := range req.GetParameters() {
+		if strings.HasPrefix(key, driver.KeyPrefix) {
+			w.Kernel.Violate("CreateVolume was shown %s", key)
+		}
+	}
+	for _, c := range req.GetVolumeCapabilities() {
+		if strings.Contains(c.GetMount().GetFsType(), "-") {
+			w.Kernel.Violate("CreateVolume was shown filesystem %s", c.GetMount().GetFsType())
+		}
+	}
 	size := max(req.GetCapacityRange().GetRequiredBytes(), 64<<20)
+	if w.Rounds > 0 {
+		size = (size + w.Rounds - 1) / w.Rounds * w.Rounds
+	}
+	least, err := w.sourceSize(req.GetVolumeContentSource())
+	if err != nil {
+		return nil, err
+	}
+	if size < least {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "smaller than its source, which has %d bytes", least)
+	}
 	id := "vol-" + req.GetName()
 	if len(id) > 128 {
 		id = id[:128]
@@ -420,7 +498,101 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	if !ok {
 		d = w.create(id, req.GetName(), size)
 	}
-	return &csi.CreateVolumeResponse{Volume: &csi.Volume{VolumeId: id, CapacityBytes: d.Size, VolumeContext: map[string]string{"name": d.Name}}}, nil
+	answer := map[string]string{"name": d.Name}
+	maps.Copy(answer, w.AnswerContext)
+	if w.AnswerVolume != "" {
+		id = w.AnswerVolume
+	}
+	return &csi.CreateVolumeResponse{Volume: &csi.Volume{VolumeId: id, CapacityBytes: d.Size, VolumeContext: answer, ContentSource: req.GetVolumeContentSource()}}, nil
+}
+
+// sourceSize is the size of what a new volume is to be a copy of.
+func (w *Wrapped) sourceSize(s *csi.VolumeContentSource) (int64, error) {
+	if id := s.GetSnapshot().GetSnapshotId(); id != "" {
+		if n, ok := w.snapshots[id]; ok {
+			return n.size, nil
+		}
+		return 0, errdefs.Errorf(errdefs.ErrNotFound, "no snapshot %s", id)
+	}
+	if id := s.GetVolume().GetVolumeId(); id != "" {
+		d, err := w.volume(id)
+		if err != nil {
+			return 0, err
+		}
+		return d.Size, nil
+	}
+	return 0, nil
+}
+
+// ListVolumes is Controller's.
+func (w *Wrapped) ListVolumes(_ context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if req.GetStartingToken() != "" {
+		return nil, errdefs.Errorf(errdefs.ErrConflict, "no such token")
+	}
+	resp := &csi.ListVolumesResponse{}
+	for _, id := range slices.Sorted(maps.Keys(w.volumes)) {
+		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{Volume: &csi.Volume{VolumeId: id, CapacityBytes: w.volumes[id].Size}})
+	}
+	return resp, nil
+}
+
+// GetCapacity is Controller's.
+func (w *Wrapped) GetCapacity(context.Context, *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
+	return &csi.GetCapacityResponse{AvailableCapacity: 1 << 40, MaximumVolumeSize: wrapperspb.Int64(1 << 30), MinimumVolumeSize: wrapperspb.Int64(1 << 20)}, nil
+}
+
+// CreateSnapshot is Controller's.
+func (w *Wrapped) CreateSnapshot(_ context.Context, req *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d, err := w.volume(req.GetSourceVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	id := "snap-" + req.GetName()
+	if w.snapshots == nil {
+		w.snapshots = map[string]*snapshot{}
+	}
+	n := w.snapshots[id]
+	if n != nil && n.source != req.GetSourceVolumeId() {
+		return nil, errdefs.Errorf(errdefs.ErrExists, "snapshot %s is of another volume", id)
+	}
+	if n == nil {
+		n = &snapshot{name: req.GetName(), source: req.GetSourceVolumeId(), size: d.Size}
+		w.snapshots[id] = n
+	}
+	if w.AnswerSnapshot != "" {
+		id = w.AnswerSnapshot
+	}
+	return &csi.CreateSnapshotResponse{Snapshot: n.answer(id)}, nil
+}
+
+func (n *snapshot) answer(id string) *csi.Snapshot {
+	return &csi.Snapshot{SnapshotId: id, SourceVolumeId: n.source, SizeBytes: n.size, ReadyToUse: true, CreationTime: timestamppb.New(time.Unix(1, 0))}
+}
+
+// DeleteSnapshot is Controller's.
+func (w *Wrapped) DeleteSnapshot(_ context.Context, req *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.snapshots, req.GetSnapshotId())
+	return &csi.DeleteSnapshotResponse{}, nil
+}
+
+// ListSnapshots is Controller's.
+func (w *Wrapped) ListSnapshots(_ context.Context, req *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	resp := &csi.ListSnapshotsResponse{}
+	for _, id := range slices.Sorted(maps.Keys(w.snapshots)) {
+		n := w.snapshots[id]
+		if (req.GetSnapshotId() == "" || req.GetSnapshotId() == id) && (req.GetSourceVolumeId() == "" || req.GetSourceVolumeId() == n.source) {
+			resp.Entries = append(resp.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: n.answer(id)})
+		}
+	}
+	return resp, nil
 }
 
 // DeleteVolume is Controller's.
@@ -454,7 +626,7 @@ func (w *Wrapped) ControllerPublishVolume(_ context.Context, req *csi.Controller
 	if req.GetNodeId() != "node-1" {
 		return nil, errdefs.Errorf(errdefs.ErrNotFound, "no node %s", req.GetNodeId())
 	}
-	return &csi.ControllerPublishVolumeResponse{PublishContext: d.Context()}, nil
+	return &csi.ControllerPublishVolumeResponse{PublishContext: w.Context(d)}, nil
 }
 
 // ControllerUnpublishVolume is Controller's.
@@ -474,6 +646,9 @@ func (w *Wrapped) ValidateVolumeCapabilities(_ context.Context, req *csi.Validat
 	}
 	if len(req.GetVolumeCapabilities()) == 0 {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "no capabilities")
+	}
+	if w.NotBlock && slices.ContainsFunc(req.GetVolumeCapabilities(), func(c *csi.VolumeCapability) bool { return c.GetBlock() != nil }) {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: "files only"}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{VolumeCapabilities: req.GetVolumeCapabilities()}}, nil
 }

@@ -1,0 +1,596 @@
+package driver_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/driver/drivertest"
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/kms"
+	"github.com/cryptcsi/cryptcsi/kms/kmstest"
+)
+
+// plant is a controller with a real keyring and a wrapped driver in memory.
+type plant struct {
+	t       *testing.T
+	wrapped *drivertest.Wrapped
+	ring    *envelope.Keyring
+	faults  *drivertest.Faults
+	csi     csi.ControllerClient
+	id      csi.IdentityClient
+}
+
+func newPlant(t *testing.T) *plant {
+	t.Helper()
+	store, err := envelope.LocalStores().Open(t.Context(), "mem://")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ring, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ring.Close() })
+	return &plant{t: t, ring: ring, faults: &drivertest.Faults{}, wrapped: &drivertest.Wrapped{Kernel: drivertest.NewKernel()}}
+}
+
+// start starts a controller process; again, it is the next one.
+func (p *plant) start() *plant {
+	p.t.Helper()
+	c, err := driver.NewController(p.t.Context(), driver.ControllerConfig{
+		Wrapped: p.faults.Conn(drivertest.Direct(p.wrapped.Register)), Keys: p.faults.ControllerKeys(p.ring), Version: "test",
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	conn := drivertest.Direct(c.Register)
+	p.csi, p.id = csi.NewControllerClient(conn), csi.NewIdentityClient(conn)
+	return p
+}
+
+func (p *plant) ok(what string, err error) {
+	p.t.Helper()
+	if err != nil {
+		p.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+func (p *plant) refused(what string, err error, code codes.Code, words ...string) {
+	p.t.Helper()
+	(&machine{t: p.t}).refused(what, err, code, words...)
+}
+
+// request asks for a volume of 64 MiB; change adapts it.
+func request(name string, change ...func(*csi.CreateVolumeRequest)) *csi.CreateVolumeRequest {
+	r := &csi.CreateVolumeRequest{Name: name, VolumeCapabilities: []*csi.VolumeCapability{mountCap("ext4")}, CapacityRange: &csi.CapacityRange{RequiredBytes: 64 * mib}}
+	for _, c := range change {
+		c(r)
+	}
+	return r
+}
+
+func with(parameters ...string) func(*csi.CreateVolumeRequest) {
+	return func(r *csi.CreateVolumeRequest) {
+		if r.Parameters == nil {
+			r.Parameters = map[string]string{}
+		}
+		for i := 0; i < len(parameters); i += 2 {
+			r.Parameters[parameters[i]] = parameters[i+1]
+		}
+	}
+}
+
+func as(caps ...*csi.VolumeCapability) func(*csi.CreateVolumeRequest) {
+	return func(r *csi.CreateVolumeRequest) { r.VolumeCapabilities = caps }
+}
+
+func of(snapshot, volume string) func(*csi.CreateVolumeRequest) {
+	return func(r *csi.CreateVolumeRequest) {
+		if snapshot != "" {
+			r.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: snapshot}}}
+			return
+		}
+		r.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: volume}}}
+	}
+}
+
+func (p *plant) create(r *csi.CreateVolumeRequest) (*csi.Volume, error) {
+	resp, err := p.csi.CreateVolume(p.t.Context(), r)
+	return resp.GetVolume(), err
+}
+
+func (p *plant) mustCreate(r *csi.CreateVolumeRequest) *csi.Volume {
+	p.t.Helper()
+	v, err := p.create(r)
+	p.ok("CreateVolume", err)
+	return v
+}
+
+func (p *plant) snapshot(name, volume string) (*csi.Snapshot, error) {
+	resp, err := p.csi.CreateSnapshot(p.t.Context(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: volume})
+	return resp.GetSnapshot(), err
+}
+
+func (p *plant) delete(id string) error {
+	_, err := p.csi.DeleteVolume(p.t.Context(), &csi.DeleteVolumeRequest{VolumeId: id})
+	return err
+}
+
+func (p *plant) expand(id string, size int64) (*csi.ControllerExpandVolumeResponse, error) {
+	return p.csi.ControllerExpandVolume(p.t.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: size}})
+}
+
+func volumeDEK(id string) dek.ID   { return dek.ID("loop.cryptcsi.io/" + id) }
+func snapshotDEK(id string) dek.ID { return dek.ID("snap:loop.cryptcsi.io/" + id) }
+
+// dek is what the keyring has recorded.
+func (p *plant) dek(id dek.ID) dek.DEK {
+	p.t.Helper()
+	d, err := p.ring.GetDEK(context.Background(), id)
+	p.ok("GetDEK of "+string(id), err)
+	p.t.Cleanup(d.Wipe)
+	return d
+}
+
+// gone fails the test unless the DEK was deleted for good.
+func (p *plant) gone(id dek.ID) {
+	p.t.Helper()
+	if _, err := p.ring.GetDEK(context.Background(), id); !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), "deleted") {
+		p.t.Errorf("%s: %v, want one that was deleted", id, err)
+	}
+}
+
+func (p *plant) lawful() {
+	p.t.Helper()
+	for _, v := range p.wrapped.Kernel.Violations() {
+		p.t.Errorf("violation: %s", v)
+	}
+}
+
+// formatted makes a node's part of the record: format and confirm.
+func (p *plant) formatted(id dek.ID) {
+	p.t.Helper()
+	uuid := dek.NewUUID()
+	_, err := p.ring.ClaimFormat(p.t.Context(), id, dek.Claim{Node: "n", UUID: uuid})
+	p.ok("ClaimFormat", err)
+	p.ok("ConfirmDEK", p.ring.ConfirmDEK(p.t.Context(), id, dek.HeaderID{UUID: uuid, Sequence: 2}))
+}
+
+func TestCreateVolume(t *testing.T) {
+	p := newPlant(t)
+	p.wrapped.AnswerContext = map[string]string{"cryptcsi.io/encrypted": "no", "cryptcsi.io/dek-id": "another's"}
+	p.start()
+	v := p.mustCreate(request("pvc-1", with("theirs", "x")))
+	if v.GetCapacityBytes() != 64*mib || v.GetVolumeId() != "vol-pvc-1" {
+		t.Errorf("volume = %v", v)
+	}
+	if got := fmt.Sprint(v.GetVolumeContext()); got != "map[cryptcsi.io/encrypted:1 name:pvc-1]" {
+		t.Errorf("context = %s", got)
+	}
+	d := p.dek(volumeDEK("vol-pvc-1"))
+	if d.State != dek.Prepared || d.Spec != (dek.Spec{Name: "pvc-1", Cipher: dek.CipherXTS}) {
+		t.Errorf("DEK = %+v", d)
+	}
+	again := p.mustCreate(request("pvc-1", with("theirs", "x")))
+	if again.String() != v.String() || !p.dek(volumeDEK("vol-pvc-1")).Key.Equal(d.Key) {
+		t.Errorf("the same call again: %v, or another key", again)
+	}
+	_, err := p.create(request("pvc-1", with("cryptcsi.io/integrity", "hmac-sha256")))
+	p.refused("with integrity this time", err, codes.AlreadyExists)
+
+	v = p.mustCreate(request("pvc-2", with("cryptcsi.io/integrity", "hmac-sha256", "cryptcsi.io/cipher", "aes-xts-plain64")))
+	if v.GetVolumeContext()["cryptcsi.io/integrity"] != "hmac-sha256" || v.GetCapacityBytes() < 64*mib || p.dek(volumeDEK("vol-pvc-2")).Spec.Integrity != dek.IntegrityHMAC {
+		t.Errorf("with integrity: %v", v)
+	}
+	v = p.mustCreate(request("pvc-3", as(mountCap("ext4-integrity"))))
+	if v.GetVolumeContext()["cryptcsi.io/integrity"] != "hmac-sha256" {
+		t.Errorf("with integrity by the filesystem's name: %v", v)
+	}
+	p.lawful()
+}
+
+func TestCreateVolumeRefuses(t *testing.T) {
+	p := newPlant(t).start()
+	both := with("cryptcsi.io/integrity", "none")
+	for what, tt := range map[string]struct {
+		req  *csi.CreateVolumeRequest
+		says string
+	}{
+		"no name":                 {request(""), "no name"},
+		"no capability":           {request("x", as()), "capability"},
+		"an unknown parameter":    {request("x", with("cryptcsi.io/integrty", "hmac-sha256")), "cryptcsi.io/integrty is not known"},
+		"a parameter not offered": {request("x", with("cryptcsi.io/mkfs-options", "-q")), "cryptcsi.io/mkfs-options is not offered"},
+		"discard":                 {request("x", with("cryptcsi.io/discard", "true")), "cryptcsi.io/discard is not offered"},
+		"a wrong prefix":          {request("x", with("CryptCSI.io/integrity", "hmac-sha256")), "CryptCSI.io/integrity"},
+		"another integrity":       {request("x", with("cryptcsi.io/integrity", "crc32")), `"crc32"`},
+		"another cipher":          {request("x", with("cryptcsi.io/cipher", "null")), `"null"`},
+		"another filesystem":      {request("x", as(mountCap("ntfs"))), "ntfs"},
+		"integrity and none":      {request("x", both, as(mountCap("ext4-integrity"))), "cryptcsi.io/integrity"},
+		"many writers":            {request("x", as(capability(manyWriters, mountCap("ext4")))), "MULTI_NODE_MULTI_WRITER"},
+		"many, one by one":        {request("x", as(mountCap("ext4"), capability(manyWriters, mountCap("ext4")))), "MULTI_NODE_MULTI_WRITER"},
+		"integrity on many nodes": {request("x", with("cryptcsi.io/integrity", "hmac-sha256"), as(capability(manyWriters, blockCap()))), "integrity"},
+		"a range from large to less": {request("x", func(r *csi.CreateVolumeRequest) {
+			r.CapacityRange = &csi.CapacityRange{RequiredBytes: 2, LimitBytes: 1}
+		}), "no sense"},
+		"a mutable one of ours": {request("x", func(r *csi.CreateVolumeRequest) {
+			r.MutableParameters = map[string]string{"cryptcsi.io/integrity": "none"}
+		}), "cryptcsi.io/integrity"},
+	} {
+		_, err := p.create(tt.req)
+		p.refused(what, err, codes.InvalidArgument, tt.says)
+	}
+	p.mustCreate(request("shared", as(capability(manyWriters, blockCap()))))
+	if got := p.wrapped.Volumes(); !slices.Equal(got, []string{"vol-shared"}) {
+		t.Errorf("volumes: %v", got)
+	}
+	p.lawful()
+}
+
+// The context with our marks has to fit into what the specification allows.
+func TestContextLimit(t *testing.T) {
+	p := newPlant(t).start()
+	p.wrapped.AnswerContext = map[string]string{"k": strings.Repeat("v", 4<<10-len("k"+"name"+"pvc-1"+"cryptcsi.io/encrypted"+"1"))}
+	p.mustCreate(request("pvc-1"))
+	p.wrapped.AnswerContext["k"] += "v"
+	_, err := p.create(request("pvc-2"))
+	p.refused("one byte more", err, codes.FailedPrecondition, "4097")
+}
+
+// A driver rounds as it likes: what is reported is what can be used, and not
+// more than was allowed.
+func TestSizes(t *testing.T) {
+	p := newPlant(t).start()
+	p.wrapped.Rounds = 1 << 30
+	if v := p.mustCreate(request("pvc-1")); v.GetCapacityBytes() != 1<<30-16*mib {
+		t.Errorf("capacity = %d", v.GetCapacityBytes())
+	}
+	p.wrapped.Rounds = 0
+	v := p.mustCreate(request("pvc-2", with("cryptcsi.io/integrity", "hmac-sha256"), func(r *csi.CreateVolumeRequest) {
+		r.CapacityRange = &csi.CapacityRange{RequiredBytes: 100 * mib, LimitBytes: 100 * mib}
+	}))
+	if v.GetCapacityBytes() != 100*mib {
+		t.Errorf("capacity with a limit = %d", v.GetCapacityBytes())
+	}
+	e, err := p.expand("vol-pvc-1", 3<<30)
+	p.ok("expand", err)
+	if e.GetCapacityBytes() != 3<<30 || !e.GetNodeExpansionRequired() {
+		t.Errorf("expand = %v", e)
+	}
+	_, err = p.expand("vol-pvc-2", 200*mib)
+	p.refused("expanding one with integrity", err, codes.InvalidArgument, "cannot grow", "hmac-sha256")
+	p.wrapped.Create("plain", 64*mib)
+	e, err = p.expand("plain", 96*mib)
+	p.ok("expanding an unencrypted one", err)
+	if e.GetCapacityBytes() != 96*mib {
+		t.Errorf("expand = %v", e)
+	}
+
+	c, err := p.csi.GetCapacity(t.Context(), &csi.GetCapacityRequest{Parameters: map[string]string{"cryptcsi.io/integrity": "none"}})
+	p.ok("GetCapacity", err)
+	if c.GetAvailableCapacity() != 1<<40-16*mib || c.GetMaximumVolumeSize().GetValue() != 1<<30-16*mib || c.GetMinimumVolumeSize().GetValue() != 1 {
+		t.Errorf("capacity = %v", c)
+	}
+	l, err := p.csi.ListVolumes(t.Context(), &csi.ListVolumesRequest{})
+	p.ok("ListVolumes", err)
+	if got := l.GetEntries()[1].GetVolume(); got.GetVolumeId() != "vol-pvc-1" || got.GetCapacityBytes() != 3<<30 {
+		t.Errorf("volumes = %v", l)
+	}
+	s, err := p.snapshot("s", "vol-pvc-2")
+	p.ok("CreateSnapshot", err)
+	if s.GetSizeBytes() > v.GetCapacityBytes()+2*mib || s.GetSizeBytes() < 100*mib {
+		t.Errorf("snapshot of %d bytes, its volume can use %d", s.GetSizeBytes(), v.GetCapacityBytes())
+	}
+	ls, err := p.csi.ListSnapshots(t.Context(), &csi.ListSnapshotsRequest{SnapshotId: s.GetSnapshotId()})
+	p.ok("ListSnapshots", err)
+	if ls.GetEntries()[0].GetSnapshot().GetSizeBytes() != s.GetSizeBytes() {
+		t.Errorf("snapshots = %v, want the size %d", ls, s.GetSizeBytes())
+	}
+}
+
+// deviceSize and usableSize are each other's inverse, in both directions.
+func TestCapacityArithmetic(t *testing.T) {
+	for _, integrity := range []dek.Integrity{dek.IntegrityNone, dek.IntegrityHMAC} {
+		for size := int64(1); size < 1<<55; size = size*3 + 4097 {
+			device := driver.DeviceSize(size, integrity)
+			if got := driver.UsableSize(device, integrity); got < size/4096*4096 || driver.DeviceSize(got/4096*4096, integrity) > device {
+				t.Fatalf("%q: %d bytes take %d, of which %d can be used", integrity, size, device, got)
+			}
+			if integrity != dek.IntegrityNone && size > 1<<30 && float64(device) > 1.09*float64(size) {
+				t.Errorf("%d bytes take %d", size, device)
+			}
+		}
+		if got := driver.UsableSize(1<<20, integrity); got != 0 {
+			t.Errorf("of a device smaller than the header %d bytes can be used", got)
+		}
+	}
+}
+
+// A driver that answers with an ID that exists is refused, and what has that ID
+// stays as it is: nothing is deleted, no key is lost.
+func TestAnotherVolumesID(t *testing.T) {
+	p := newPlant(t).start()
+	p.mustCreate(request("victim"))
+	p.formatted(volumeDEK("vol-victim"))
+	before := p.dek(volumeDEK("vol-victim"))
+	_, err := p.snapshot("victim", "vol-victim")
+	p.ok("CreateSnapshot", err)
+	snap := p.dek(snapshotDEK("snap-victim"))
+
+	p.wrapped.AnswerVolume = "vol-victim"
+	_, err = p.create(request("attacker"))
+	p.refused("CreateVolume", err, codes.AlreadyExists, "vol-victim", "left as it is")
+	_, err = p.create(request("attacker-2", of("snap-victim", "")))
+	p.refused("CreateVolume from a snapshot", err, codes.AlreadyExists, "vol-victim")
+	p.wrapped.AnswerVolume = ""
+
+	p.mustCreate(request("mine"))
+	p.formatted(volumeDEK("vol-mine"))
+	p.wrapped.AnswerSnapshot = "snap-victim"
+	_, err = p.snapshot("attacker", "vol-mine")
+	p.refused("CreateSnapshot of another volume", err, codes.AlreadyExists, "snap-victim")
+	_, err = p.snapshot("attacker-2", "vol-victim")
+	p.refused("CreateSnapshot under another name", err, codes.AlreadyExists, "snap-victim")
+
+	if !slices.Contains(p.wrapped.Volumes(), "vol-victim") || !slices.Contains(p.wrapped.Snapshots(), "snap-victim") {
+		t.Error("the victim's were deleted")
+	}
+	if after := p.dek(volumeDEK("vol-victim")); !after.Key.Equal(before.Key) || after.State != dek.Formatted || after.Spec.Name != "victim" {
+		t.Errorf("the victim's record is %+v", after)
+	}
+	if after := p.dek(snapshotDEK("snap-victim")); !after.Previous.Equal(snap.Previous) {
+		t.Error("the victim's snapshot has another key")
+	}
+
+	p.ok("DeleteVolume", p.delete("vol-victim"))
+	p.wrapped.AnswerVolume = "vol-victim"
+	_, err = p.create(request("attacker-3"))
+	p.refused("the ID of a deleted volume", err, codes.AlreadyExists, "deleted")
+	p.wrapped.AnswerVolume = "a b"
+	_, err = p.create(request("attacker-4"))
+	p.refused("an ID that is none", err, codes.FailedPrecondition, "cannot have a key")
+}
+
+func TestDeleteVolume(t *testing.T) {
+	p := newPlant(t).start()
+	p.mustCreate(request("pvc-1"))
+	p.ok("DeleteVolume", p.delete("vol-pvc-1"))
+	p.gone(volumeDEK("vol-pvc-1"))
+	p.ok("DeleteVolume again", p.delete("vol-pvc-1"))
+	p.wrapped.Create("plain", 64*mib)
+	p.ok("DeleteVolume without a record", p.delete("plain"))
+	p.ok("DeleteVolume of none", p.delete("never was"))
+	p.refused("DeleteVolume without an ID", p.delete(""), codes.InvalidArgument)
+	if got := p.wrapped.Volumes(); len(got) > 0 {
+		t.Errorf("volumes: %v", got)
+	}
+}
+
+// Restored and cloned volumes begin with their source's key as previous, and go
+// on without their source.
+func TestSnapshotsAndClones(t *testing.T) {
+	p := newPlant(t).start()
+	p.mustCreate(request("src"))
+	p.formatted(volumeDEK("vol-src"))
+	src := p.dek(volumeDEK("vol-src"))
+	s, err := p.snapshot("s", "vol-src")
+	p.ok("CreateSnapshot", err)
+	if s.GetSizeBytes() != 64*mib {
+		t.Errorf("a snapshot of %d bytes", s.GetSizeBytes())
+	}
+	snap := p.dek(snapshotDEK("snap-s"))
+	if snap.Source != volumeDEK("vol-src") || !snap.Previous.Equal(src.Key) || snap.Spec.Name != "s" {
+		t.Errorf("the snapshot's record: %+v", snap)
+	}
+	larger := func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 128 * mib }
+	v := p.mustCreate(request("restored", of("snap-s", ""), larger))
+	if v.GetCapacityBytes() != 128*mib {
+		t.Errorf("restored to %d bytes", v.GetCapacityBytes())
+	}
+	p.mustCreate(request("clone", of("", "vol-src")))
+	p.ok("DeleteVolume of the source", p.delete("vol-src"))
+	_, err = p.csi.DeleteSnapshot(t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: "snap-s"})
+	p.ok("DeleteSnapshot", err)
+	p.gone(volumeDEK("vol-src"))
+	p.gone(snapshotDEK("snap-s"))
+	for _, id := range []string{"vol-restored", "vol-clone"} {
+		if d := p.dek(volumeDEK(id)); d.State != dek.Rotating || !d.Previous.Equal(src.Key) || d.Key.Equal(src.Key) || d.Header != src.Header {
+			t.Errorf("%s: %+v", id, d)
+		}
+	}
+	_, err = p.snapshot("early", "vol-clone")
+	p.refused("a snapshot of a clone that no node has opened", err, codes.Aborted, "use it once")
+	_, err = p.create(request("early", of("", "vol-clone")))
+	p.refused("a clone of it", err, codes.Aborted, "use it once")
+	p.lawful()
+}
+
+func TestCopiesThatCannotBe(t *testing.T) {
+	p := newPlant(t).start()
+	p.wrapped.Create("plain", 64*mib)
+	_, err := p.snapshot("s", "plain")
+	p.refused("a snapshot of an unencrypted volume", err, codes.NotFound, "not encrypted")
+	_, err = p.create(request("c", of("", "plain")))
+	p.refused("a clone of an unencrypted volume", err, codes.NotFound, "not encrypted")
+	_, err = p.create(request("r", of("snap-x", "")))
+	p.refused("a volume of no snapshot", err, codes.NotFound, "snap-x")
+	p.mustCreate(request("src", with("cryptcsi.io/integrity", "hmac-sha256")))
+	_, err = p.create(request("c", of("", "vol-src")))
+	p.refused("a clone without the source's integrity", err, codes.InvalidArgument, "integrity")
+	p.mustCreate(request("c", of("", "vol-src"), with("cryptcsi.io/integrity", "hmac-sha256")))
+	if got := p.wrapped.Volumes(); !slices.Equal(got, []string{"plain", "vol-c", "vol-src"}) || len(p.wrapped.Snapshots()) > 0 {
+		t.Errorf("there are %v and %v", got, p.wrapped.Snapshots())
+	}
+}
+
+func TestControllerPassesOn(t *testing.T) {
+	p := newPlant(t).start()
+	v := p.mustCreate(request("pvc-1", with("cryptcsi.io/integrity", "hmac-sha256")))
+	publish := func(c *csi.VolumeCapability) error {
+		_, err := p.csi.ControllerPublishVolume(t.Context(), &csi.ControllerPublishVolumeRequest{VolumeId: v.GetVolumeId(), NodeId: "node-1", VolumeCapability: c, VolumeContext: v.GetVolumeContext()})
+		return err
+	}
+	p.ok("ControllerPublishVolume", publish(mountCap("ext4-integrity")))
+	p.refused("to several nodes", publish(capability(manyWriters, mountCap("ext4"))), codes.InvalidArgument, "MULTI_NODE")
+	p.refused("to several nodes with integrity", publish(capability(manyWriters, blockCap())), codes.InvalidArgument, "journal")
+	validate := func(c *csi.VolumeCapability) *csi.ValidateVolumeCapabilitiesResponse {
+		r, err := p.csi.ValidateVolumeCapabilities(t.Context(), &csi.ValidateVolumeCapabilitiesRequest{
+			VolumeId: v.GetVolumeId(), VolumeCapabilities: []*csi.VolumeCapability{c}, VolumeContext: v.GetVolumeContext(),
+			Parameters: map[string]string{"cryptcsi.io/integrity": "hmac-sha256"},
+		})
+		p.ok("ValidateVolumeCapabilities", err)
+		return r
+	}
+	if r := validate(mountCap("ext4-integrity")); r.GetConfirmed().GetVolumeCapabilities()[0].GetMount().GetFsType() != "ext4-integrity" || len(r.GetConfirmed().GetParameters()) != 1 {
+		t.Errorf("confirmed: %v", r)
+	}
+	if r := validate(capability(manyWriters, mountCap("ext4"))); r.GetConfirmed() != nil || !strings.Contains(r.GetMessage(), "MULTI_NODE") {
+		t.Errorf("several writers: %v", r)
+	}
+	caps, err := p.id.GetPluginCapabilities(t.Context(), &csi.GetPluginCapabilitiesRequest{})
+	p.ok("GetPluginCapabilities", err)
+	if strings.Contains(caps.String(), "GROUP") || !strings.Contains(caps.String(), "CONTROLLER_SERVICE") {
+		t.Errorf("capabilities: %v", caps)
+	}
+	_, err = p.csi.ControllerModifyVolume(t.Context(), &csi.ControllerModifyVolumeRequest{VolumeId: v.GetVolumeId(), MutableParameters: map[string]string{"cryptcsi.io/integrity": "none"}})
+	p.refused("ControllerModifyVolume of ours", err, codes.InvalidArgument, "cryptcsi.io/integrity")
+}
+
+// A driver that nobody knows has to say that it can do block devices.
+func TestUnknownDriver(t *testing.T) {
+	p := newPlant(t)
+	p.wrapped.Name, p.wrapped.NotBlock = "who.example.com", true
+	p.start()
+	_, err := p.create(request("pvc-1"))
+	p.refused("CreateVolume", err, codes.InvalidArgument, "who.example.com", "block device", "files only")
+	if _, err := p.ring.GetDEK(t.Context(), "who.example.com/vol-pvc-1"); !errors.Is(err, errdefs.ErrNotFound) {
+		t.Errorf("a record: %v", err)
+	}
+	p.wrapped.NotBlock = false
+	p.mustCreate(request("pvc-2"))
+}
+
+// Each operation of two steps and more, with a fault at each step: nothing is
+// handed out without a record, no record goes before its volume, and the same
+// call again, or giving up, leads to an orderly end.
+func TestFaultsOfTheController(t *testing.T) {
+	source := func(p *plant) {
+		p.mustCreate(request("src"))
+		p.formatted(volumeDEK("vol-src"))
+	}
+	snapshotted := func(p *plant) {
+		source(p)
+		_, err := p.snapshot("s", "vol-src")
+		p.ok("CreateSnapshot", err)
+	}
+	create := func(change ...func(*csi.CreateVolumeRequest)) func(*plant) error {
+		return func(p *plant) error { _, err := p.create(request("new", change...)); return err }
+	}
+	deleted := func(p *plant, _ error) { p.gone(volumeDEK("vol-src")) }
+	for _, tt := range []struct {
+		name    string
+		prepare func(*plant)
+		do      func(*plant) error
+		always  func(p *plant, err error) // after the fault
+		after   func(p *plant, err error) // after the same call again
+	}{
+		{"create", func(*plant) {}, create(), recorded("vol-new", ""), recorded("vol-new", dek.Prepared)},
+		{"restore", snapshotted, create(of("snap-s", "")), recorded("vol-new", ""), recorded("vol-new", dek.Rotating)},
+		{"clone", source, create(of("", "vol-src")), recorded("vol-new", ""), recorded("vol-new", dek.Rotating)},
+		{"snapshot", source, func(p *plant) error { _, err := p.snapshot("s", "vol-src"); return err },
+			func(p *plant, err error) {
+				if err == nil {
+					p.dek(snapshotDEK("snap-s"))
+				}
+			},
+			func(p *plant, _ error) {
+				if d := p.dek(snapshotDEK("snap-s")); !d.Previous.Equal(p.dek(volumeDEK("vol-src")).Key) {
+					p.t.Error("the snapshot has another key")
+				}
+			}},
+		{"delete", source, func(p *plant) error { return p.delete("vol-src") },
+			func(p *plant, err error) {
+				if slices.Contains(p.wrapped.Volumes(), "vol-src") {
+					p.dek(volumeDEK("vol-src")) // the record never goes first
+				}
+				if err == nil {
+					p.gone(volumeDEK("vol-src"))
+				}
+			}, deleted},
+		{"delete snapshot", snapshotted, func(p *plant) error {
+			_, err := p.csi.DeleteSnapshot(p.t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: "snap-s"})
+			return err
+		}, func(p *plant, _ error) {
+			if len(p.wrapped.Snapshots()) > 0 {
+				p.dek(snapshotDEK("snap-s"))
+			}
+			p.dek(volumeDEK("vol-src"))
+		}, func(p *plant, _ error) { p.gone(snapshotDEK("snap-s")) }},
+		{"expand", source, func(p *plant) error { _, err := p.expand("vol-src", 128*mib); return err }, func(*plant, error) {}, func(*plant, error) {}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			prepare := func(t *testing.T) *plant {
+				p := newPlant(t).start()
+				tt.prepare(p)
+				p.faults.Disarm()
+				return p
+			}
+			p := prepare(t)
+			p.ok("without a fault", tt.do(p))
+			steps := p.faults.Trace()
+			if len(steps) < 2 {
+				t.Fatalf("only %v", steps)
+			}
+			for n, step := range steps {
+				for _, f := range faults() {
+					t.Run(fmt.Sprintf("%s step %d %s", f.name, n+1, step), func(t *testing.T) {
+						p := prepare(t)
+						p.faults.Arm(n+1, f.after, f.how)
+						err := tt.do(p)
+						p.faults.Disarm()
+						if f.dies {
+							p.start()
+						}
+						tt.always(p, err)
+						p.ok("again", tt.do(p))
+						tt.after(p, nil)
+						p.ok("and again", tt.do(p))
+						tt.after(p, nil)
+						p.lawful()
+						if status.Code(err) == codes.AlreadyExists {
+							t.Errorf("the fault's answer: %v", err)
+						}
+					})
+				}
+			}
+		})
+	}
+}
+
+// recorded checks the record of a volume that was handed out, or, where state
+// is "", only then.
+func recorded(volume string, state dek.State) func(*plant, error) {
+	return func(p *plant, err error) {
+		p.t.Helper()
+		if err != nil {
+			return
+		}
+		d := p.dek(volumeDEK(volume))
+		if d.Spec.Name != "new" || state != "" && d.State != state {
+			p.t.Errorf("the record of %s: %+v", volume, d)
+		}
+		if n := len(p.wrapped.Volumes()); n > 2 {
+			p.t.Errorf("%d volumes", n)
+		}
+	}
+}
