@@ -31,7 +31,9 @@ func (d *Driver) ControllerGetCapabilities(context.Context, *csi.ControllerGetCa
 		csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
 		csi.ControllerServiceCapability_RPC_GET_VOLUME,
 		csi.ControllerServiceCapability_RPC_VOLUME_CONDITION,
-		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	}
+	if !d.cfg.SingleWriter {
+		types = append(types, csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER)
 	}
 	if !d.cfg.NoAttach {
 		types = append(types,
@@ -74,6 +76,7 @@ func (d *Driver) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 		return nil, err
 	}
 	v := volume{ID: newID("vol"), Name: req.GetName(), Bytes: bytes, Source: sourceID}
+	v.MountOnly = d.cfg.FixedType && req.GetVolumeCapabilities()[0].GetMount() != nil
 	v.Context = map[string]string{"backend": "sparse-file"}
 	if note, ok := req.GetParameters()[noteParameter]; ok {
 		v.Context[noteParameter] = note
@@ -194,7 +197,7 @@ func (d *Driver) ControllerPublishVolume(ctx context.Context, req *csi.Controlle
 	case req.GetReadonly():
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "volumes cannot be attached read-only")
 	}
-	if err := checkCapabilities([]*csi.VolumeCapability{req.GetVolumeCapability()}); err != nil {
+	if err := d.checkCapabilities([]*csi.VolumeCapability{req.GetVolumeCapability()}); err != nil {
 		return nil, err
 	}
 	v, err := d.store.volume(req.GetVolumeId())
@@ -277,7 +280,7 @@ func (d *Driver) ValidateVolumeCapabilities(_ context.Context, req *csi.Validate
 	if _, err := d.store.volume(req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
+	if err := d.checkCapabilities(req.GetVolumeCapabilities()); err != nil {
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{

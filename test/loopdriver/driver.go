@@ -76,6 +76,11 @@ type Config struct {
 	NoStage  bool // no STAGE_UNSTAGE_VOLUME: all is done at publish
 	NoAttach bool // no PUBLISH_UNPUBLISH_VOLUME: the node attaches the loop device
 
+	// FixedType: what a volume is, block or mount, is decided when it is made.
+	FixedType bool
+	// SingleWriter: SINGLE_NODE_WRITER is the one access mode that is known.
+	SingleWriter bool
+
 	NodeExpansion NodeExpansion // defaults to ExpandAlways
 	TotalBytes    int64         // what all volumes together may promise; defaults to 1 TiB
 	MaxVolumes    int           // how many may be attached at once; defaults to 128

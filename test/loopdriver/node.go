@@ -19,7 +19,9 @@ func (d *Driver) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRe
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
 		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_VOLUME_CONDITION,
-		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	}
+	if !d.cfg.SingleWriter {
+		types = append(types, csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER)
 	}
 	if !d.cfg.NoStage {
 		types = append(types, csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME)
@@ -51,7 +53,7 @@ func (d *Driver) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "there is no staging path")
 	}
 	c := req.GetVolumeCapability()
-	if err := checkCapabilities(nonNil(c)); err != nil {
+	if err := d.checkCapabilities(nonNil(c)); err != nil {
 		return nil, err
 	}
 	v, err := d.store.volume(req.GetVolumeId())
@@ -213,7 +215,7 @@ func (d *Driver) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolu
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "there is no target path")
 	}
 	c := req.GetVolumeCapability()
-	if err := checkCapabilities(nonNil(c)); err != nil {
+	if err := d.checkCapabilities(nonNil(c)); err != nil {
 		return nil, err
 	}
 	v, err := d.store.volume(req.GetVolumeId())
@@ -243,6 +245,9 @@ func (d *Driver) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolu
 // checkPublish looks at what the volume's other uses demand.
 func (d *Driver) checkPublish(v volume, req *csi.NodePublishVolumeRequest) error {
 	c := req.GetVolumeCapability()
+	if v.MountOnly && c.GetBlock() != nil {
+		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s was made as a filesystem and cannot be published as a block device", v.ID)
+	}
 	if !d.cfg.NoStage {
 		staging := req.GetStagingTargetPath()
 		staged, ok := v.Uses[staging]

@@ -17,7 +17,7 @@ func (d *Driver) checkCreate(req *csi.CreateVolumeRequest) error {
 	if req.GetName() == "" {
 		return errdefs.Errorf(errdefs.ErrInvalid, "the volume has no name")
 	}
-	if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
+	if err := d.checkCapabilities(req.GetVolumeCapabilities()); err != nil {
 		return err
 	}
 	if err := checkParameters(req.GetParameters(), noteParameter); err != nil {
@@ -49,7 +49,7 @@ func checkParameters(params map[string]string, known ...string) error {
 
 // checkCapabilities refuses access types and modes that the driver cannot
 // give: a filesystem written by several nodes at once, most of all.
-func checkCapabilities(caps []*csi.VolumeCapability) error {
+func (d *Driver) checkCapabilities(caps []*csi.VolumeCapability) error {
 	if len(caps) == 0 {
 		return errdefs.Errorf(errdefs.ErrInvalid, "there is no volume capability")
 	}
@@ -60,6 +60,13 @@ func checkCapabilities(caps []*csi.VolumeCapability) error {
 		switch mode := c.GetAccessMode().GetMode(); mode {
 		case csi.VolumeCapability_AccessMode_UNKNOWN:
 			return errdefs.Errorf(errdefs.ErrInvalid, "the volume capability has no access mode")
+		case csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER:
+		default:
+			if d.cfg.SingleWriter {
+				return errdefs.Errorf(errdefs.ErrState, "access mode %v is not known", mode)
+			}
+		}
+		switch mode := c.GetAccessMode().GetMode(); mode {
 		case csi.VolumeCapability_AccessMode_MULTI_NODE_SINGLE_WRITER, csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER:
 			if c.GetMount() != nil {
 				return errdefs.Errorf(errdefs.ErrInvalid, "access mode %v needs a block volume: no filesystem here survives several writing nodes", mode)

@@ -29,9 +29,11 @@ type volume struct {
 	Bytes   int64             `json:"bytes"`
 	Source  string            `json:"source,omitempty"` // ID of the snapshot or volume it was copied from
 	Context map[string]string `json:"context,omitempty"`
-	Node    string            `json:"node,omitempty"`   // controller-published to
-	Device  string            `json:"device,omitempty"` // the loop device it got
-	Uses    map[string]use    `json:"uses,omitempty"`   // by staging or target path
+	// MountOnly: made as a filesystem, by a driver that decides then.
+	MountOnly bool           `json:"mountOnly,omitempty"`
+	Node      string         `json:"node,omitempty"`   // controller-published to
+	Device    string         `json:"device,omitempty"` // the loop device it got
+	Uses      map[string]use `json:"uses,omitempty"`   // by staging or target path
 }
 
 // use is one staging or publication. It is written before the kernel is

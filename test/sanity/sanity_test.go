@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -22,18 +23,18 @@ import (
 // process. Specs that do not apply are skipped with a reason that is known
 // here; any other skip fails. The list is printed.
 func TestKernelSanity(t *testing.T) {
-	kernel.Need(t, "root", "loop", "dm-crypt", "keyring", "ext4", "exec:mkfs.ext4", "exec:../../bin/csi-plugin", "exec:../../bin/loopdriver", "exec:../../bin/crypt-worker")
-	for _, s := range []struct {
-		name, accessType string
-		plugin, driver   []string
-	}{
-		{name: "mount", accessType: "mount"},
+	kernel.Need(t, "root", "loop", "dm-crypt", "keyring", "ext4", "exec:mkfs.ext4", "exec:../../bin/csi-plugin", "exec:../../bin/loopdriver", "exec:../../bin/crypt-worker", "exec:../../bin/key-service")
+	topolvm := []string{"--driver-name=topolvm.io", "--no-stage", "--single-writer", "--fault=stack-publish", "--node-expansion-required=mount"}
+	for _, s := range []shape{
+		{name: "mount", accessType: "mount", keyService: true},
 		{name: "block", accessType: "block"},
+		{name: "mount, without controller", accessType: "mount", nodeAlone: true},
 		{name: "mount, handed over", accessType: "mount", plugin: []string{"--stage-with=wrapped"}},
-		{name: "mount, driver without stage", accessType: "mount", driver: []string{"--no-stage"}},
-		{name: "block, driver without stage", accessType: "block", driver: []string{"--no-stage"}},
+		{name: "mount, a driver like host-path", accessType: "mount", driver: []string{"--driver-name=hostpath.csi.k8s.io", "--fixed-type", "--fault=no-grow"}},
+		{name: "mount, a driver like TopoLVM", accessType: "mount", driver: topolvm},
+		{name: "block, a driver like TopoLVM", accessType: "block", driver: topolvm},
 	} {
-		describe(t, s.name, s.accessType, s.plugin, s.driver)
+		describe(t, s)
 	}
 	skipped := map[string]int{}
 	ginkgo.ReportAfterSuite("every skip has a reason", func(report ginkgo.Report) {
@@ -56,15 +57,27 @@ func TestKernelSanity(t *testing.T) {
 	}
 }
 
+// shape is what the suite runs over.
+type shape struct {
+	name, accessType string
+	plugin, driver   []string // more flags
+	nodeAlone        bool     // no csi-plugin controller
+	keyService       bool
+}
+
 // describe adds the suite over a stack of its own.
-func describe(t *testing.T, name, accessType string, plugin, driver []string) {
+func describe(t *testing.T, run shape) {
 	t.Helper()
+	name := run.name
 	bin, err := filepath.Abs("../../bin")
 	if err != nil {
 		t.Fatal(err)
 	}
 	kernel.NoLeaks(t)
-	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, PluginArgs: plugin, DriverArgs: append(driver, "--max-volumes=4")})
+	s, err := stack.Start(t.Context(), stack.Config{
+		Dir: t.TempDir(), Bin: bin, PluginArgs: run.plugin, DriverArgs: append(slices.Clone(run.driver), "--max-volumes=4"),
+		Controller: !run.nodeAlone, KeyService: run.keyService,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +91,8 @@ func describe(t *testing.T, name, accessType string, plugin, driver []string) {
 	})
 	cfg := sanity.NewTestConfig()
 	cfg.Address = s.Endpoint
-	cfg.TestVolumeAccessType = accessType
+	cfg.ControllerAddress = s.ControllerEndpoint()
+	cfg.TestVolumeAccessType = run.accessType
 	cfg.TestVolumeSize = 64 << 20
 	cfg.TestVolumeExpandSize = 96 << 20
 	cfg.TestVolumeParameters = map[string]string{"note": "sanity"}

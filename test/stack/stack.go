@@ -35,13 +35,13 @@ type Config struct {
 	PluginArgs []string // more flags of csi-plugin node
 	DriverArgs []string // more flags of loopdriver
 	KeyService bool     // csi-plugin asks a key service instead of KEK and store
+	Controller bool     // csi-plugin controller makes the DEKs; else the node does, and forwards the controller's calls
 }
 
-// Stack is a running pair. Its clients talk to csi-plugin, which forwards the
-// controller's calls.
+// Stack is a running pair. Its clients talk to csi-plugin.
 type Stack struct {
 	cfg        Config
-	Endpoint   string // of csi-plugin
+	Endpoint   string // of csi-plugin node
 	Name       string // of the driver
 	Controller csi.ControllerClient
 	Node       csi.NodeClient
@@ -49,6 +49,9 @@ type Stack struct {
 	conn           *grpc.ClientConn
 	driver, plugin *process
 	keys           *keyService // nil in direct mode
+
+	controllerConn *grpc.ClientConn // nil, as the process, without Controller
+	controller     *process
 }
 
 // Start starts both and waits until they serve.
@@ -62,6 +65,11 @@ func Start(ctx context.Context, cfg Config) (*Stack, error) {
 	}
 	if cfg.KeyService {
 		if err := s.makeKeyService(ctx); err != nil {
+			return nil, fmt.Errorf("%w %w", err, s.driver.stop(syscall.SIGKILL))
+		}
+	}
+	if cfg.Controller {
+		if err := s.startController(ctx); err != nil {
 			return nil, fmt.Errorf("%w %w", err, s.driver.stop(syscall.SIGKILL))
 		}
 	}
@@ -125,16 +133,40 @@ func (s *Stack) StartDriver(ctx context.Context) (err error) {
 	return conn.Close()
 }
 
-// StartPlugin starts csi-plugin, at first or after StopPlugin.
+// ControllerEndpoint is where the controller's calls go.
+func (s *Stack) ControllerEndpoint() string {
+	if !s.cfg.Controller {
+		return s.Endpoint
+	}
+	return "unix://" + s.Path("controller.sock")
+}
+
+// keyArgs say where the keys of csi-plugin come from, as one of the identities.
+func (s *Stack) keyArgs(identity string) []string {
+	if s.keys != nil {
+		return s.KeyServiceArgs(identity)
+	}
+	return []string{"--kms-uri=" + s.KEK(), "--storage-uri=" + s.Store()}
+}
+
+func (s *Stack) startController(ctx context.Context) (err error) {
+	args := []string{"controller", "--endpoint=" + s.ControllerEndpoint(), "--wrapped-endpoint=unix://" + s.Path("wrapped.sock")}
+	s.controller, err = startProcess(filepath.Join(s.cfg.Bin, "csi-plugin"), append(args, s.keyArgs(ControllerIdentity)...))
+	if err != nil {
+		return err
+	}
+	_, s.controllerConn, err = s.controller.wait(ctx, s.ControllerEndpoint())
+	return err
+}
+
+// StartPlugin starts csi-plugin node, at first or after StopPlugin.
 func (s *Stack) StartPlugin(ctx context.Context) (err error) {
-	args := []string{"node",
+	args := append([]string{"node",
 		"--endpoint=" + s.Endpoint, "--wrapped-endpoint=unix://" + s.Path("wrapped.sock"),
 		"--kubelet-dir=" + s.KubeletDir(), "--node-name=" + Node1,
-	}
-	if s.keys != nil {
-		args = append(args, s.KeyServiceArgs(NodeIdentity)...)
-	} else {
-		args = append(args, "--create-keys", "--kms-uri="+s.KEK(), "--storage-uri="+s.Store())
+	}, s.keyArgs(NodeIdentity)...)
+	if s.keys == nil && !s.cfg.Controller {
+		args = append(args, "--create-keys")
 	}
 	s.plugin, err = startProcess(filepath.Join(s.cfg.Bin, "csi-plugin"), append(args, s.cfg.PluginArgs...))
 	if err != nil {
@@ -145,6 +177,9 @@ func (s *Stack) StartPlugin(ctx context.Context) (err error) {
 		return err
 	}
 	s.Controller, s.Node = csi.NewControllerClient(s.conn), csi.NewNodeClient(s.conn)
+	if s.cfg.Controller {
+		s.Controller = csi.NewControllerClient(s.controllerConn)
+	}
 	return nil
 }
 
@@ -163,6 +198,9 @@ func (s *Stack) PluginPID() int { return s.plugin.cmd.Process.Pid }
 // Logs returns what all have logged so far.
 func (s *Stack) Logs() string {
 	logs := "--- loopdriver\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
+	if s.controller != nil {
+		logs += "--- csi-plugin controller\n" + s.controller.log.String()
+	}
 	if s.keys != nil {
 		logs += "--- key-service\n" + s.keys.process.log.String()
 	}
@@ -173,6 +211,12 @@ func (s *Stack) Logs() string {
 func (s *Stack) Stop() error {
 	if err := s.StopPlugin(syscall.SIGTERM); err != nil {
 		return fmt.Errorf("csi-plugin: %w", err)
+	}
+	if s.controller != nil {
+		_ = s.controllerConn.Close()
+		if err := s.controller.stop(syscall.SIGTERM); err != nil {
+			return fmt.Errorf("csi-plugin controller: %w", err)
+		}
 	}
 	if err := s.driver.stop(syscall.SIGTERM); err != nil {
 		return fmt.Errorf("loopdriver: %w", err)

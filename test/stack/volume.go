@@ -72,7 +72,7 @@ func (s *Stack) Create(ctx context.Context, name string, size int64, c *csi.Volu
 	if err := os.MkdirAll(filepath.Dir(v.Target), 0o750); err != nil {
 		return nil, err
 	}
-	if s.keys != nil {
+	if s.keys != nil && !s.cfg.Controller {
 		spec := dek.Spec{Name: name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(extra["cryptcsi.io/integrity"])}
 		if _, err := s.keys.controller.CreateDEK(ctx, v.DEK(), spec); err != nil {
 			return nil, err
@@ -181,7 +181,7 @@ func (v *Volume) Delete(ctx context.Context) error {
 		return err
 	}
 	_, err := v.s.Controller.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: v.ID})
-	if err != nil || v.s.keys == nil {
+	if err != nil || v.s.keys == nil || v.s.cfg.Controller {
 		return err
 	}
 	return v.s.keys.controller.DeleteDEK(ctx, v.DEK())

@@ -63,6 +63,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) int {
 	flags.IntVar(&cfg.MaxVolumes, "max-volumes", 128, "how many volumes may be attached at once")
 	flags.Int64Var(&cfg.TotalBytes, "total-bytes", 1<<40, "how much all volumes together may promise, in bytes")
 	flags.BoolVar(&cfg.NoStage, "no-stage", false, "have no NodeStageVolume: do all at NodePublishVolume")
+	flags.BoolVar(&cfg.FixedType, "fixed-type", false, "decide at CreateVolume whether a volume is a block device")
+	flags.BoolVar(&cfg.SingleWriter, "single-writer", false, "know the access mode SINGLE_NODE_WRITER alone")
 	flags.Func("fault", "a fault to inject; may be repeated", func(s string) error {
 		cfg.Faults = append(cfg.Faults, s)
 		return nil
