@@ -14,6 +14,7 @@ import (
 // Older kernels take 1/128 of the device for the journal, but not more than
 // 64 MiB; newer ones take less.
 const (
+	minimumData      = 4 << 20 // nodes format nothing smaller
 	integrityRun     = 16 << 20
 	integrityTags    = 128 << 10
 	journalShare     = 127 // of the rest, where it takes 1/128 of the whole
@@ -25,6 +26,7 @@ const (
 
 // deviceSize is the size of a device whose mapping has at least size bytes.
 func deviceSize(size int64, integrity dek.Integrity) int64 {
+	size = max(size, minimumData)
 	if integrity == dek.IntegrityNone {
 		return size + headerArea
 	}

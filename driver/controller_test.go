@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -19,6 +22,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest"
+	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
 // plant is a controller with a real keyring and a wrapped driver in memory.
@@ -591,6 +595,46 @@ func recorded(volume string, state dek.State) func(*plant, error) {
 		}
 		if n := len(p.wrapped.Volumes()); n > 2 {
 			p.t.Errorf("%d volumes", n)
+		}
+	}
+}
+
+// TestKernelOverhead holds deviceSize against cryptsetup and the kernel's
+// dm-integrity: what is mapped on a device of that size is as large as asked
+// for, and not much larger.
+func TestKernelOverhead(t *testing.T) {
+	kernel.Need(t, "root", "loop", "dm-crypt", "dm-integrity", "exec:cryptsetup")
+	key := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(key, []byte(strings.Repeat("k", 32)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cryptsetup := func(args ...string) {
+		t.Helper()
+		if out, err := exec.CommandContext(t.Context(), "cryptsetup", args...).CombinedOutput(); err != nil {
+			t.Fatalf("cryptsetup %v: %v\n%s", args, err, out)
+		}
+	}
+	for _, integrity := range []dek.Integrity{dek.IntegrityNone, dek.IntegrityHMAC} {
+		for _, size := range []int64{1 * mib, 15 * mib, 16 * mib, 16*mib + 4096, 64 * mib, 100*mib + 512, 1 << 30, 7<<30 + 12345*4096, 8 << 30, 100 << 30, 1 << 40, 5 << 40} {
+			device := kernel.Loop(t, (driver.DeviceSize(size, integrity)+4095)/4096*4096)
+			args := []string{"luksFormat", "-q", "--type=luks2", "--cipher=aes-xts-plain64", "--sector-size=4096", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--key-file=" + key}
+			if integrity != dek.IntegrityNone {
+				args = append(args, "--integrity="+string(integrity), "--integrity-no-wipe")
+			}
+			cryptsetup(append(args, device)...)
+			cryptsetup("open", "--key-file="+key, device, "overhead")
+			mapped, err := driver.Linux{}.Device("/dev/mapper/overhead")
+			cryptsetup("close", "overhead")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%q: %d bytes asked for, %d mapped, %d more", integrity, size, mapped.Size, mapped.Size-size)
+			if mapped.Size < size || mapped.Size < driver.UsableSize(driver.DeviceSize(size, integrity), integrity)/4096*4096 {
+				t.Errorf("%q: %d bytes were asked for, %d are there", integrity, size, mapped.Size)
+			}
+			if mapped.Size > max(size, 4*mib)+3*mib+size/500 {
+				t.Errorf("%q: %d bytes were asked for, %d are there", integrity, size, mapped.Size)
+			}
 		}
 	}
 }
