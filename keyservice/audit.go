@@ -20,6 +20,7 @@ type Decision struct {
 	Method  string // e.g. "GetDEK"
 	Who     Identity
 	DEK     string // its ID as the request has it; "" where the method has none
+	Source  string // whose key goes into it; "" where it is no copy
 	Allowed bool   // the caller may; whether it worked is Code's to say
 	Reason  string // why it was not allowed, or did not work
 	Code    string // gRPC's name of the answer's code
@@ -124,6 +125,9 @@ func (c *call) audit(ctx context.Context) error {
 	attrs := []slog.Attr{
 		slog.String("method", c.Method), slog.String("identity", c.Who.Name), slog.String("node", c.Who.Node),
 		slog.String("dek_id", id), slog.Bool("allowed", c.Allowed), slog.String("code", c.Code), slog.String("peer", peerOf(ctx)),
+	}
+	if c.Source != "" {
+		attrs = append(attrs, slog.String("source", c.Source))
 	}
 	if c.Reason != "" {
 		attrs = append(attrs, slog.String("reason", c.Reason))

@@ -89,6 +89,7 @@ func (k keyAPI) CreateDEK(ctx context.Context, req *keyservicev1.CreateDEKReques
 				return nil, errdefs.Errorf(errdefs.ErrInvalid, "source: %.300q is no DEK that %s could be a copy of", n.source, id)
 			}
 		}
+		c.Source = string(n.source)
 		if err := c.mayControl(ctx); err != nil {
 			return nil, err
 		}

@@ -725,3 +725,24 @@ func TestAuditThatCannotBeWritten(t *testing.T) {
 		t.Errorf("the log does not say why: %s", w.log)
 	}
 }
+
+// TestCloneIsAudited: whose key goes into a copy is in the log; a copy of what
+// is not there is refused.
+func TestCloneIsAudited(t *testing.T) {
+	w := start(t, func(_ *world, cfg *keyservice.Config) { cfg.Policy.Any = true })
+	c := w.as(t, "controller")
+	w.create(t, vol)
+	w.audit.take(t)
+	snap := "snap:" + string(vol)
+	d, err := c.CreateDEK(t.Context(), &keyservicev1.CreateDEKRequest{Id: snap, Spec: wireSpec(), Source: string(vol)})
+	must(t, "CreateDEK with a source", err)
+	if d.GetSource() != string(vol) || len(d.GetSealedKey())+len(d.GetSealedPrevious()) > 0 {
+		t.Errorf("CreateDEK with a source = %v", d)
+	}
+	lines := w.audit.take(t)
+	if len(lines) != 1 || lines[0]["source"] != string(vol) || lines[0]["dek_id"] != snap {
+		t.Errorf("audit: %v", lines)
+	}
+	_, err = c.CreateDEK(t.Context(), &keyservicev1.CreateDEKRequest{Id: snap + "2", Spec: wireSpec(), Source: "d/none"})
+	mustCode(t, "CreateDEK with a source that is not there", err, codes.NotFound)
+}
