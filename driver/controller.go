@@ -99,7 +99,6 @@ func (c *Controller) record(ctx context.Context, id dek.ID, idErr error) (d dek.
 	}
 	d, err = c.cfg.Keys.GetDEK(ctx, id)
 	d.Wipe()
-	d.Key, d.Previous = dek.DEK{}.Key, dek.DEK{}.Previous
 	if errors.Is(err, errdefs.ErrNotFound) {
 		return dek.DEK{}, false, nil
 	}

@@ -556,7 +556,7 @@ func TestFaultsOfTheController(t *testing.T) {
 				t.Fatalf("only %v", steps)
 			}
 			for n, step := range steps {
-				for _, f := range faults() {
+				for _, f := range append(faults(), fault{name: "fails for now before", how: func() error { return errdefs.Errorf(errdefs.ErrUnavailable, "injected, try again") }}) {
 					t.Run(fmt.Sprintf("%s step %d %s", f.name, n+1, step), func(t *testing.T) {
 						p := prepare(t)
 						p.faults.Arm(n+1, f.after, f.how)

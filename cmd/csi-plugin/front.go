@@ -131,7 +131,7 @@ func (f *frontFlags) serve(ctx context.Context, log *slog.Logger, d front, conn 
 	}
 	log.Info("serving", "endpoint", f.endpoint, "driver", d.Name())
 	err = g.Wait()
-	log.Info("csi-plugin "+f.verb+" ends", "error", err)
+	log.Info("csi-plugin ends", "verb", f.verb, "error", err)
 	return err
 }
 

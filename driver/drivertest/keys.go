@@ -53,6 +53,15 @@ func (k *Keys) Lose(id dek.ID) {
 	delete(k.records, id)
 }
 
+// Rotate makes a record one whose volume still opens with another key: that of
+// source, or where there is none its own earlier one.
+func (k *Keys) Rotate(id, source dek.ID) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r := k.records[id]
+	r.State, r.Source, r.Previous = dek.Rotating, source, NewDEK(id, r.Spec).Key
+}
+
 // Seize makes another node the one that formats.
 func (k *Keys) Seize(id dek.ID, claim dek.Claim) {
 	k.mu.Lock()

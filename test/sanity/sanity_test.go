@@ -117,6 +117,7 @@ func known(reason string) bool {
 		"GroupControllerService not supported",
 		"ControllerModifyVolume not supported", "Modify volume not supported", "Modify Volume not supported",
 		"ControllerPublishVolume.readonly field not supported",
+		"does not have single node multi writer capability", // TopoLVM
 	} {
 		if strings.Contains(reason, r) {
 			return true
