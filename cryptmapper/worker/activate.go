@@ -18,10 +18,8 @@ import (
 // activate maps the device with the header h, given to libcryptsetup as a file
 // in memory that the host cannot change.
 func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32) error {
-	if g := h.Token.Integrity; g != nil {
-		if err := checkSuperblock(dev, *g); err != nil {
-			return err
-		}
+	if err := o.checkIntegrity(dev, h); err != nil {
+		return err
 	}
 	if err := l.remember(dev); err != nil {
 		return err

@@ -1,11 +1,13 @@
 package worker
 
 import (
+	"encoding/binary"
 	"fmt"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
 	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
 // A volume that Constellation made is opened as it is. Its header has a strict
@@ -40,13 +42,48 @@ func (o *operation) validSpec() error {
 	return spec.Validate()
 }
 
+// checkIntegrity looks at the superblock of dm-integrity before the kernel
+// obeys it. Of a volume that Constellation made it can only be held against
+// itself and the device: for one that has grown the kernel would write another
+// size into it, and hand out sectors without tags.
+func (o *operation) checkIntegrity(dev *device, h *luks2.Header) error {
+	g := h.Token.Integrity
+	if g == nil && o.constellation() && o.Spec.Integrity != dek.IntegrityNone {
+		claimed, err := claimedGeometry(dev)
+		if err != nil {
+			return err
+		}
+		g = &claimed
+	}
+	if g == nil {
+		return nil
+	}
+	return checkSuperblock(dev, *g)
+}
+
+// claimedGeometry is what the superblock says.
+func claimedGeometry(dev *device) (luks2.Geometry, error) {
+	b := make([]byte, 512)
+	if _, err := dev.file.ReadAt(b, luks2.DataOffset); err != nil {
+		return luks2.Geometry{}, errdefs.Errorf(errdefs.ErrUnavailable, "reading the dm-integrity superblock of device %s: %w", dev.number, err)
+	}
+	little := binary.LittleEndian
+	g := luks2.Geometry{TagSize: int(little.Uint16(b[10:])), Interleave: 1 << min(b[9], 31), Sectors: int64(little.Uint64(b[16:]))}
+	perBlock := b[28]
+	area := dev.size/512 - luks2.DataOffset/512
+	if g.TagSize != tagSize || perBlock != 3 || g.Sectors <= 0 || g.Sectors > area {
+		return g, errdefs.Errorf(errdefs.ErrState, "the dm-integrity superblock of device %s cannot be that of a volume that Constellation made: tags of %d bytes, blocks of 2^%d sectors, %d sectors of %d", dev.number, g.TagSize, perBlock, g.Sectors, area)
+	}
+	g.JournalSectors = int64(little.Uint32(b[12:])) * journalSection(g, perBlock)
+	return g, nil
+}
+
 // tagSize is what HMAC-SHA-256 gives for each sector.
 const tagSize = 32
 
 // possible tells whether the geometry of a Constellation volume's integrity
-// layer can be that of a device of this size. It comes from a superblock that
-// nothing authenticates and that no token describes, so a smaller volume than
-// was formatted cannot be told apart.
+// layer, as the kernel has it, fits a device of this size. It comes from a
+// superblock that nothing authenticates and that no token describes.
 func possible(i *cryptmapper.IntegrityTable, deviceSize int64) bool {
 	area := (deviceSize - luks2.DataOffset) / 512
 	tags := i.Provided / 8 * tagSize / 512

@@ -342,6 +342,23 @@ func TestKernelRekeyRefusals(t *testing.T) {
 	}
 }
 
+// Of a disk that was grown after Constellation had made its integrity volume the
+// kernel would hand out sectors without tags: it is refused, and not written to.
+func TestKernelRekeyGrownIntegrity(t *testing.T) {
+	f := newTheirs(t, 64*mib, dek.IntegrityHMAC)
+	kernel.Grow(t, f.v.Device, 96*mib)
+	before := digest(t, f.v.Device)
+	if err := f.rekey(t, f.Mapper); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "nothing was changed") {
+		t.Errorf("Rekey: %v", err)
+	}
+	for range 2 {
+		f.refused(t, errdefs.ErrState, "has grown")
+	}
+	if digest(t, f.v.Device) != before {
+		t.Error("header area or superblock were written to")
+	}
+}
+
 // A worker killed after any step leaves a volume that opens the old way, or the
 // new one, or is refused; that nobody formats; and that the same call finishes.
 func TestKernelRekeyKilledAtSteps(t *testing.T) {

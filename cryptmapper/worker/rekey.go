@@ -171,6 +171,9 @@ func (o *operation) asTheirs() *operation {
 // try opens the volume as it is, all layers read-only, and returns what a token
 // of ours says of it. Constellation initialises a volume when it formats it.
 func (o *operation) try(dev *device, h *luks2.Header) (luks2.Token, error) {
+	if err := o.checkIntegrity(dev, h); err != nil {
+		return luks2.Token{}, err
+	}
 	d, done, err := o.load(dev, h)
 	if err != nil {
 		return luks2.Token{}, err
