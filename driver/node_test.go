@@ -319,8 +319,8 @@ func TestWhatIsForwarded(t *testing.T) {
 	if vol.GetVolume().GetVolumeId() != "vol-n" || !cmp.Equal(header.Get("x-test"), []string{"yes"}) {
 		t.Errorf("volume %v, header %v", vol, header)
 	}
-	_, err = csi.NewControllerClient(conn).ListSnapshots(t.Context(), &csi.ListSnapshotsRequest{})
-	m.refused("what the wrapped driver lacks", err, codes.Unimplemented, "ListSnapshots")
+	_, err = csi.NewControllerClient(conn).ControllerModifyVolume(t.Context(), &csi.ControllerModifyVolumeRequest{})
+	m.refused("what the wrapped driver lacks", err, codes.Unimplemented, "ControllerModifyVolume")
 	for method, ours := range map[string]bool{
 		"/csi.v1.Node/NodeFromTheFuture":           true, // not forwarded
 		"/csi.v2.Node/NodeStageVolume":             true,

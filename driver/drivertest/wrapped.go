@@ -53,6 +53,7 @@ type Wrapped struct {
 	mu        sync.Mutex
 	volumes   map[string]*Disk     // by volume ID
 	snapshots map[string]*snapshot // by snapshot ID
+	deleted   map[string]bool      // the IDs that volumes had
 	last      *csi.NodeStageVolumeRequest
 	calls     []string
 }
@@ -487,10 +488,7 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	if size < least {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "smaller than its source, which has %d bytes", least)
 	}
-	id := "vol-" + req.GetName()
-	if len(id) > 128 {
-		id = id[:128]
-	}
+	id := w.idOf(req.GetName())
 	d, ok := w.volumes[id]
 	if ok && d.Size != size {
 		return nil, errdefs.Errorf(errdefs.ErrExists, "volume %s has another size", id)
@@ -504,6 +502,24 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 		id = w.AnswerVolume
 	}
 	return &csi.CreateVolumeResponse{Volume: &csi.Volume{VolumeId: id, CapacityBytes: d.Size, VolumeContext: answer, ContentSource: req.GetVolumeContentSource()}}, nil
+}
+
+// idOf is the ID of the volume of that name, or the one that it gets: no two
+// volumes ever have the same.
+func (w *Wrapped) idOf(name string) string {
+	for id, d := range w.volumes {
+		if d.Name == name {
+			return id
+		}
+	}
+	id := "vol-" + name
+	if len(id) > 120 {
+		id = id[:120]
+	}
+	for w.deleted[id] {
+		id += "+"
+	}
+	return id
 }
 
 // sourceSize is the size of what a new volume is to be a copy of.
@@ -587,7 +603,14 @@ func (w *Wrapped) ListSnapshots(_ context.Context, req *csi.ListSnapshotsRequest
 	defer w.mu.Unlock()
 	resp := &csi.ListSnapshotsResponse{}
 	for _, id := range slices.Sorted(maps.Keys(w.snapshots)) {
+		if n := int(req.GetMaxEntries()); n > 0 && len(resp.Entries) == n {
+			resp.NextToken = id
+			break
+		}
 		n := w.snapshots[id]
+		if id < req.GetStartingToken() {
+			continue
+		}
 		if (req.GetSnapshotId() == "" || req.GetSnapshotId() == id) && (req.GetSourceVolumeId() == "" || req.GetSourceVolumeId() == n.source) {
 			resp.Entries = append(resp.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: n.answer(id)})
 		}
@@ -608,6 +631,10 @@ func (w *Wrapped) DeleteVolume(_ context.Context, req *csi.DeleteVolumeRequest) 
 		}
 		w.Kernel.RemoveDisk(d.Path)
 		delete(w.volumes, req.GetVolumeId())
+		if w.deleted == nil {
+			w.deleted = map[string]bool{}
+		}
+		w.deleted[req.GetVolumeId()] = true
 	}
 	return &csi.DeleteVolumeResponse{}, nil
 }
