@@ -114,12 +114,22 @@ func TestASlowCallHoldsItsVolumeAndNoOther(t *testing.T) {
 		_, err := r.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: 2 * mib}})
 		return err
 	}
-	must(t, "SetFaults", r.SetFaults("slow:ControllerExpandVolume#1=1h"))
 	ctx, cancel := context.WithCancel(t.Context())
 	slow := make(chan error, 1)
-	go func() { slow <- expand(ctx, a) }()
+	begin := func() {
+		must(t, "SetFaults", r.SetFaults()) // so that calls are counted anew
+		must(t, "SetFaults", r.SetFaults("slow:ControllerExpandVolume#1=1h"))
+		go func() { slow <- expand(ctx, a) }()
+	}
+	begin()
 	// The first call has arrived when another one on the volume is refused.
 	for {
+		select {
+		case err := <-slow: // it met the other one, and was refused itself
+			wantCode(t, "the slow call", err, codes.Aborted)
+			begin()
+		default:
+		}
 		_, err := r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: "vol-of-nobody"})
 		must(t, "DeleteVolume of another", err)
 		_, err = r.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: a, TargetPath: filepath.Join(t.TempDir(), "x")})
