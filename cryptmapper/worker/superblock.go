@@ -20,6 +20,7 @@ const (
 	superblockFixedPads = 8 // the one flag that ours have
 	superblockSectors   = 8
 
+	lengthUnit       = 8        // the kernel rounds the volume's length down to so many sectors
 	metadataRunUnit  = 128 << 9 // tags are read and written in buffers of 128 sectors
 	entriesPerSector = 512 - 8  // bytes for entries in a sector of the journal
 )
@@ -56,12 +57,11 @@ func checkSuperblock(dev *device, g luks2.Geometry) error {
 		return changed("it provides %d sectors and must provide %d", sectors, g.Sectors)
 	}
 	device := dev.size/512 - luks2.DataOffset/512
-	block := int64(1) << perBlock
 	if need := lastSector(g, perBlock, g.Sectors-1); need >= device {
 		return errdefs.Errorf(errdefs.ErrState, "device %s has %d bytes, the volume needs %d: it was shrunk or another one was put in its place", dev.number, dev.size, luks2.DataOffset+(need+1)*512)
 	}
 	// The kernel would write the larger size into the superblock.
-	if lastSector(g, perBlock, g.Sectors+block-1) < device {
+	if lastSector(g, perBlock, g.Sectors+lengthUnit-1) < device {
 		return errdefs.Errorf(errdefs.ErrState, "device %s has grown to %d bytes: a volume with integrity cannot grow yet, and nothing was changed on it; give it back its size", dev.number, dev.size)
 	}
 	return nil
