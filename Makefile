@@ -49,11 +49,16 @@ build: install ## build all binaries into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/loopdriver ./test/loopdriver/cmd/loopdriver
 	CGO_ENABLED=0 $(GOBUILD) -o bin/vm ./test/vm
 	CGO_ENABLED=0 $(GOBUILD) -o bin/demo ./test/demo
+	CGO_ENABLED=0 $(GOBUILD) -o bin/attack ./test/attack
 	CGO_ENABLED=0 $(GOBUILD) -o bin/bench ./test/bench
 
 .PHONY: demo
 demo: build ## watch volumes come up encrypted, on a kernel with device-mapper (KEYS=direct: without a key service)
 	@bin/vm -- bin/demo --keys=$(KEYS)
+
+.PHONY: attack
+attack: build ## what a hostile host can do to volumes, against ours and plain cryptsetup (SEED=1 N=300 random changes)
+	@bin/vm -timeout 15m -- bin/attack -seed=$(or $(SEED),1) -n=$(or $(N),300)
 
 .PHONY: test
 test: unit test-keys kernel ## all tests; sanity is one of the kernel's

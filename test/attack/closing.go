@@ -60,7 +60,7 @@ func (s *suite) closeAfter(on *volume, do func(file, dev, below string) error) (
 	if err != nil {
 		return 0, err
 	}
-	if err := errors.Join(write(m.Path, firstAt, older), do(path, dev, belowName)); err != nil {
+	if err := errors.Join(write(m.Path, firstAt, older()), do(path, dev, belowName)); err != nil {
 		return 0, err
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, propertyDeadline)

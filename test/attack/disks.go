@@ -30,7 +30,7 @@ func (s *suite) disks() {
 		{"an earlier try's header, record: prepared, another claim", s.bare, steps(prepared, claimed), "opens", forged("an earlier try was put in its place")},
 		{"finished disk, record rolled back to prepared", s.bare, prepared, noPlain, same("the header verifies and says made: never formatted again")},
 		{"blank disk and record rolled back to prepared and claimed", s.bare, steps(resize(0), resize(24*mib), prepared), "refused", limit(emptyVolume)},
-		{"forged header with the claim's UUID, record rolled back as well", s.bare, steps(both(nullSegment), prepared), "PLAINTEXT ON DISK", limit(emptyVolume)},
+		{"forged header with the claim's UUID, record rolled back as well", s.bare, steps(both(nullSegment()), prepared), "PLAINTEXT ON DISK", limit(emptyVolume)},
 		{"device shrunk", s.bare, resize(20 * mib), "other size", forged("it was shrunk")},
 		{"device shrunk, integrity", s.sealed, resize(20 * mib), "refused", forged("it was shrunk")},
 		{"device cut within the header area", s.bare, resize(8 * mib), "refused", forged("it was shrunk")},

@@ -14,17 +14,15 @@ import (
 // badMAC is what a header is refused with that has the right form.
 const badMAC = "does not verify under the DEK"
 
-var (
-	nullSegment   = set("segments/0/encryption", `"cipher_null-ecb"`)
-	nobodysPhrase = []byte("any passphrase at all")
-)
+// nullSegment has the data "encrypted" by doing nothing.
+func nullSegment() edit { return set("segments/0/encryption", `"cipher_null-ecb"`) }
 
 func (s *suite) headers() {
 	s.section("a volume without integrity, its header forged in both copies with right checksums")
 	s.try([]attack{
-		{"data segment: null cipher", s.bare, both(nullSegment), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
+		{"data segment: null cipher", s.bare, both(nullSegment()), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
 		{"keyslot: null cipher and the attacker's volume key", s.bare, steps(anyPassphrase, attackersKeyslot), "opens, other data", forged(`keyslots.0.area.encryption is "cipher_null-ecb"`)},
-		{"both of these", s.bare, steps(anyPassphrase, attackersKeyslot, both(nullSegment)), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
+		{"both of these", s.bare, steps(anyPassphrase, attackersKeyslot, both(nullSegment())), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
 		{"cipher: capi:xts(ecb(aes-generic))-plain64", s.bare, both(set("segments/0/encryption", `"capi:xts(ecb(aes-generic))-plain64"`)), "opens, cipher capi:", forged(`segments.0.encryption is "capi:`)},
 		{"cipher: aes-xts-null (one IV for all sectors)", s.bare, both(set("segments/0/encryption", `"aes-xts-null"`)), "opens, cipher aes-xts-null", forged(`segments.0.encryption is "aes-xts-null"`)},
 		{"cipher: aes-cbc-plain", s.bare, both(set("segments/0/encryption", `"aes-cbc-plain"`)), "", forged(`segments.0.encryption is "aes-cbc-plain"`)},
@@ -70,14 +68,14 @@ func (s *suite) headers() {
 
 	s.section("headers that the attacker could authenticate, if the MAC had a hole")
 	s.try([]attack{
-		{"right MAC, null cipher", s.bare, authenticated(nullSegment), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
+		{"right MAC, null cipher", s.bare, authenticated(nullSegment()), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
 		{"right MAC, segment offset + 4096", s.bare, authenticated(set("segments/0/offset", `"16781312"`)), "offset", forged(`segments.0.offset is "16781312"`)},
 		{"right MAC, flag allow-discards", s.bare, authenticated(add("config", `"flags":["allow-discards"]`)), "allow_discards", forged("config.flags is there and must not be")},
 	})
 
 	s.section("a volume with integrity")
 	s.try([]attack{
-		{"integrity removed, null cipher", s.sealed, both(drop("segments/0/integrity"), nullSegment), "integrity gone", forged(`segments.0.encryption is "cipher_null-ecb"`)},
+		{"integrity removed, null cipher", s.sealed, both(drop("segments/0/integrity"), nullSegment()), "integrity gone", forged(`segments.0.encryption is "cipher_null-ecb"`)},
 		{"integrity removed", s.sealed, both(drop("segments/0/integrity")), "refused", forged("segments.0.integrity is missing")},
 		{"integrity removed, 64-byte key", s.sealed, both(drop("segments/0/integrity"), set("keyslots/0/key_size", "64")), "refused", forged("segments.0.integrity is missing")},
 		{"integrity crc32c", s.sealed, both(set("segments/0/integrity/type", `"crc32c"`)), "refused", forged(`segments.0.integrity.type is "crc32c"`)},
@@ -92,11 +90,11 @@ func (s *suite) headers() {
 	s.try([]attack{
 		{"primary destroyed", s.bare, put(0, make([]byte, copySize)), "opens", repaired("the secondary passes, the primary is written anew")},
 		{"secondary destroyed", s.bare, put(copySize, noise(copySize)), "opens", repaired("the primary passes, the secondary is written anew")},
-		{"primary forged: null cipher", s.bare, primary(nullSegment), "PLAINTEXT ON DISK", repaired("the secondary passes, the primary is written anew")},
-		{"primary forged and newer", s.bare, steps(newer(0), primary(nullSegment)), "PLAINTEXT ON DISK", repaired("the secondary passes, the primary is written anew")},
-		{"secondary forged and newer", s.bare, steps(newer(1), secondary(nullSegment)), "PLAINTEXT ON DISK", repaired("the primary passes, the secondary is written anew")},
-		{"primary forged, secondary destroyed", s.bare, steps(primary(nullSegment), put(copySize, make([]byte, copySize))), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
-		{"both forged, in different ways", s.bare, steps(newer(1), primary(nullSegment), secondary(set("segments/0/offset", `"16781312"`))), "opens", forged(`segments.0.offset is "16781312"`)},
+		{"primary forged: null cipher", s.bare, primary(nullSegment()), "PLAINTEXT ON DISK", repaired("the secondary passes, the primary is written anew")},
+		{"primary forged and newer", s.bare, steps(newer(0), primary(nullSegment())), "PLAINTEXT ON DISK", repaired("the secondary passes, the primary is written anew")},
+		{"secondary forged and newer", s.bare, steps(newer(1), secondary(nullSegment())), "PLAINTEXT ON DISK", repaired("the primary passes, the secondary is written anew")},
+		{"primary forged, secondary destroyed", s.bare, steps(primary(nullSegment()), put(copySize, make([]byte, copySize))), "PLAINTEXT ON DISK", forged(`segments.0.encryption is "cipher_null-ecb"`)},
+		{"both forged, in different ways", s.bare, steps(newer(1), primary(nullSegment()), secondary(set("segments/0/offset", `"16781312"`))), "opens", forged(`segments.0.offset is "16781312"`)},
 		{"primary of this volume, secondary of another", s.bare, part(func(*target) string { return s.other.disk }, copySize, 2*copySize), "opens", repaired("the primary passes, the secondary is written anew")},
 	})
 	s.otherFormats()
@@ -123,7 +121,7 @@ func (s *suite) otherFormats() {
 }
 
 // anyPassphrase lets plain cryptsetup try without the key.
-func anyPassphrase(t *target) error { t.plainKey = nobodysPhrase; return nil }
+func anyPassphrase(t *target) error { t.plainKey = []byte("any passphrase at all"); return nil }
 
 // impatient is for what plain cryptsetup would never finish.
 func impatient(t *target) error { t.patience = 2 * time.Second; return nil }

@@ -18,7 +18,7 @@ import (
 const plainName = "plain-cryptsetup"
 
 // canary is written through a mapping that should encrypt.
-var canary = strings.Repeat("CANARY: nobody outside may read this. ", 8)
+const canary = "CANARY: nobody outside may read this, wherever it is written. "
 
 // seen is what plain cryptsetup did with a disk.
 type seen struct {
@@ -71,9 +71,9 @@ func content(path string) string {
 	}
 	got, err := read(path, firstAt, blockSize)
 	switch {
-	case err == nil && bytes.Equal(got, older):
+	case err == nil && bytes.Equal(got, older()):
 		return "older data"
-	case err == nil && bytes.Equal(got, second):
+	case err == nil && bytes.Equal(got, second()):
 		return "data moved"
 	default:
 		return "other data"
@@ -118,10 +118,13 @@ func bounded(patience time.Duration, stdin []byte, name string, args ...string) 
 	if err := cmd.Start(); err != nil {
 		return "", "", err
 	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	done := make(chan struct{})
+	go func() {
+		err = cmd.Wait()
+		close(done)
+	}()
 	select {
-	case err := <-done:
+	case <-done:
 		return b.String(), "", err
 	case <-time.After(patience):
 	}

@@ -196,7 +196,7 @@ func (s *suite) races() {
 		n      int
 		run    func(name string, t *target, f *twoFaced) error
 	}{
-		{"header changed between check and use", attack{on: s.bare, do: both(nullSegment)}, 0, headerPages, s.headerRace},
+		{"header changed between check and use", attack{on: s.bare, do: both(nullSegment())}, 0, headerPages, s.headerRace},
 		{"superblock changed between check and use", attack{on: s.sealed, do: put(dataOffset+17, []byte{8})}, dataOffset, 1, s.superblockRace},
 	} {
 		if !s.only.MatchString(r.name) {

@@ -172,7 +172,8 @@ func sixteenBytes(_ *target, m cryptmapper.Mapping) (string, error) {
 		return "", err
 	}
 	const at = 100 / 16 * 16
-	if bytes.Equal(got[at:at+16], first[at:at+16]) || !bytes.Equal(got[:at], first[:at]) || !bytes.Equal(got[at+16:], first[at+16:]) {
+	was := first()
+	if bytes.Equal(got[at:at+16], was[at:at+16]) || !bytes.Equal(got[:at], was[:at]) || !bytes.Equal(got[at+16:], was[at+16:]) {
 		return "", errors.New("not exactly 16 bytes differ")
 	}
 	return "16 bytes are noise, the others are as they were: not noticed without integrity", nil
@@ -184,7 +185,7 @@ func garbled(_ *target, m cryptmapper.Mapping) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, known := range [][]byte{first, second, older, make([]byte, blockSize)} {
+	for _, known := range [][]byte{first(), second(), older(), make([]byte, blockSize)} {
 		if bytes.Contains(got, known[:32]) {
 			return "", fmt.Errorf("the block reads as %.12q…", got)
 		}

@@ -23,11 +23,12 @@ const (
 	secondAt  = 2 * mib
 )
 
-var (
-	first  = bytes.Repeat([]byte("The first block of a pod's data. "), 125)[:blockSize]
-	second = bytes.Repeat([]byte("Another block, of other contents"), 128)
-	older  = bytes.Repeat([]byte("What stood there some time before"), 125)[:blockSize]
-)
+func first() []byte  { return block("The first block of a pod's data. ") }
+func second() []byte { return block("Another block, of other contents ") }
+func older() []byte  { return block("What stood there some time before ") }
+
+// block fills one with a text.
+func block(text string) []byte { return bytes.Repeat([]byte(text), blockSize/len(text)+1)[:blockSize] }
 
 // volume is one that cryptcsi made, as its disk was at some moments, and what
 // its record says at the end.
@@ -76,7 +77,7 @@ func (s *suite) make(name string, id dek.ID, size int64, integrity dek.Integrity
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(write(m.Path, secondAt, second), write(m.Path, firstAt, older), copyDisk(v.live, v.disk)); err != nil {
+	if err := errors.Join(write(m.Path, secondAt, second()), write(m.Path, firstAt, older()), copyDisk(v.live, v.disk)); err != nil {
 		return nil, err
 	}
 	if m, err = s.mapper.MarkMade(s.ctx, cv, v.d); err != nil {
@@ -89,7 +90,7 @@ func (s *suite) make(name string, id dek.ID, size int64, integrity dek.Integrity
 	if m, err = s.mapper.Open(s.ctx, cv, v.d); err != nil {
 		return nil, err
 	}
-	if err := write(m.Path, firstAt, first); err != nil {
+	if err := write(m.Path, firstAt, first()); err != nil {
 		return nil, err
 	}
 	if v.ours, err = readTable(s.mapping); err != nil {
@@ -119,7 +120,7 @@ func (s *suite) close() error { return s.mapper.Close(s.ctx, s.mapping) }
 // mapping; a block that gives an I/O error is refused, one of other content is
 // an error.
 func intact(path string) (readable int, err error) {
-	for at, want := range map[int64][]byte{firstAt: first, secondAt: second} {
+	for at, want := range map[int64][]byte{firstAt: first(), secondAt: second()} {
 		got, err := read(path, at, blockSize)
 		switch {
 		case err == nil && bytes.Equal(got, want):
