@@ -88,7 +88,9 @@ type Config struct {
 	WithoutKeys bool
 	// Protocol of the key service.
 	Protocol Protocol
-	// Timeout bounds each attempt, connecting included; 0 is 10 s.
+	// Timeout bounds each attempt, connecting included; 0 is 25 s: more than the
+	// 20 s of the key service, because who gives up before it and asks again
+	// stands at the end of its queue.
 	Timeout time.Duration
 	// Attempts bounds how often a method asks in all while the key service is
 	// ErrUnavailable; 0 is 4, 1 never asks again.
@@ -148,7 +150,7 @@ func New(cfg Config) (*Client, error) {
 
 func (cfg Config) withDefaults() Config {
 	if cfg.Timeout <= 0 {
-		cfg.Timeout = 10 * time.Second
+		cfg.Timeout = 25 * time.Second
 	}
 	if cfg.Attempts <= 0 {
 		cfg.Attempts = 4

@@ -122,9 +122,10 @@ type Config struct {
 	// MaxInFlight bounds the calls that are worked on at a time, of callers who
 	// may have what they ask for; 0: 256.
 	MaxInFlight int
-	// MaxWaiting bounds such calls that wait for their turn, a few KiB of
-	// memory each; one more is RESOURCE_EXHAUSTED at once. 0: 8192; negative:
-	// none waits.
+	// MaxWaiting bounds such calls that wait for their turn, some 10 KiB of
+	// memory each; one more is RESOURCE_EXHAUSTED at once. 0: 32768, which is
+	// a thousand nodes that come up with thirty volumes each; negative: none
+	// waits.
 	MaxWaiting int
 	// Timeout bounds a call, its waiting included; 0: 20 s.
 	Timeout time.Duration
@@ -212,7 +213,7 @@ func (c *Config) fill() {
 		c.MaxInFlight = 256
 	}
 	if c.MaxWaiting == 0 {
-		c.MaxWaiting = 8192
+		c.MaxWaiting = 32 << 10
 	}
 	if c.Timeout <= 0 {
 		c.Timeout = 20 * time.Second
@@ -239,8 +240,15 @@ func ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(maxGiven),
 		grpc.MaxHeaderListSize(32 << 10),
-		grpc.MaxConcurrentStreams(128), // each may hold a request of maxUnseal before anybody knows whose it is
+		// What a connection asks beyond this waits in its client. So a node with
+		// many volumes is not before one with few, and a stranger makes the
+		// server hold no more than this many requests of maxUnseal.
+		grpc.MaxConcurrentStreams(16),
 		grpc.ConnectionTimeout(10 * time.Second),
+		// Thousands of nodes keep a connection, and seldom use it.
+		grpc.ReadBufferSize(4 << 10),
+		grpc.WriteBufferSize(4 << 10),
+		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionAge:      10 * time.Minute,
 			MaxConnectionAgeGrace: time.Minute,

@@ -57,7 +57,7 @@ func TestSharedReads(t *testing.T) {
 	w := start(t, func(w *world, cfg *keyservice.Config) { roles(w, cfg); w.keys.get = g.hold })
 	key := w.create(t, vol)
 	c := w.as(t, node)
-	const callers = 50
+	const callers = 12 // of one connection
 	var wg sync.WaitGroup
 	ask := func(n int) {
 		for range n {

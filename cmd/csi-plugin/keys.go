@@ -56,7 +56,7 @@ func (f *keyServiceFlags) add(fs *flag.FlagSet) {
 	fs.StringVar(&f.token, "key-service-token-file", "", "projected service-account token to show instead of, or besides, a certificate; read again when it changes")
 	fs.StringVar(&f.name, "key-service-name", "", "name in the service's certificate, where that is not the address's host")
 	fs.StringVar(&f.protocol, "key-service-protocol", "", `"constellation" asks Constellation's key service, for volumes that it made`)
-	fs.DurationVar(&f.timeout, "key-service-timeout", 10*time.Second, "how long one attempt of a call may take; node makes four")
+	fs.DurationVar(&f.timeout, "key-service-timeout", 25*time.Second, "how long one attempt of a call may take; node makes four")
 	fs.BoolVar(&f.plaintext, "key-service-insecure-plaintext", false, "reach it without TLS over the network")
 }
 
