@@ -83,8 +83,12 @@ test-keys-full: build peers ## the same with the full OpenBao server (7 minutes 
 	FULL=1 go test -count=1 -v -run '^TestFull' ./kms/transit
 	KEYS_ROUNDS=1000 go test -count=1 -timeout 3h -v -run TestRace ./test/keys | grep -vE '^(=== |PASS$$| *--- PASS)'
 
+.PHONY: cryptsetups
+cryptsetups: # the oldest and the newest libcryptsetup of Debian, for a kernel test
+	@test/install.sh cryptsetup-next
+
 .PHONY: kernel
-kernel: build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
+kernel: build cryptsetups ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
 	@$(call find-pkgs,TestKernel); set -x; \
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs
 
@@ -113,7 +117,7 @@ fuzz: install ## every fuzz target for FUZZTIME (30s)
 	| while read -r dir name; do go test -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) "$$dir"; done
 
 .PHONY: cover
-cover: build ## coverage of unit and kernel tests together, in .cache/cover
+cover: build cryptsetups ## coverage of unit and kernel tests together, in .cache/cover
 	@rm -rf .cache/cover && mkdir -p .cache/cover/unit .cache/cover/kernel
 	go test -count=1 -cover -coverpkg=./... -skip '^TestKernel' ./... -args -test.gocoverdir='$(CURDIR)/.cache/cover/unit'
 	@$(call find-pkgs,TestKernel); set -x; \

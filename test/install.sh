@@ -14,6 +14,9 @@
 #             and programs built from test/peers/*/ into .tools/bin; or with
 #             peers=NAME only the one in test/peers/NAME. One whose folder holds a
 #             file on-demand takes minutes to build and has to be named
+#   cryptsetup-next  the oldest and the newest libcryptsetup that Debian has, with
+#             all libraries below them, under .cache/cryptsetup-next (they are not
+#             installed on the machine, nor are their suites added to its apt)
 #   tools     linters, built from the versions pinned in test/tools/go.mod
 #             into .tools/bin
 #
@@ -43,6 +46,9 @@ peer_packages=(
 	python3-pykmip  # a KMIP server
 	softhsm2 opensc # a PKCS#11 module, and a tool to ask it
 )
+
+# Whose cryptsetup the tests use besides the machine's own: 2.3 and 2.8.
+cryptsetup_suites=(bullseye forky)
 
 say() { printf 'install: %s\n' "$*" >&2; }
 fail() {
@@ -195,6 +201,66 @@ install_qemu() {
 	PATH=$PATH:/sbin:/usr/sbin quietly "the distribution's kernel in .cache/kernel" fetch_kernel "$work"
 }
 
+# apt_of writes the configuration of an apt that knows one suite and no package
+# as installed, and that shares with the machine's the proxies and Debian's keys.
+# An index may be old, as on a mirror that lags: nothing is installed from it.
+apt_of() { # SUITE DIRECTORY
+	mkdir -p "$2"/{lists,archives}/partial
+	: >"$2/status"
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $1 main" >"$2/sources.list"
+	{
+		apt-config dump Acquire | grep -i '::proxy' || true
+		cat <<-EOF
+			Dir "$2";
+			Dir::Bin::Methods "/usr/lib/apt/methods";
+			Dir::Etc "$2";
+			Dir::Etc::SourceParts "/dev/null";
+			Dir::Etc::Parts "/dev/null";
+			Dir::Etc::PreferencesParts "/dev/null";
+			Dir::State "$2";
+			Dir::State::Status "$2/status";
+			Dir::Cache "$2";
+			Acquire::AllowInsecureRepositories "false";
+			Acquire::Check-Valid-Until "false";
+			Acquire::Languages "none";
+			Acquire::Retries "3";
+		EOF
+	} >"$2/apt.conf"
+}
+
+# fetch_cryptsetup unpacks a suite's cryptsetup into one directory: program,
+# dynamic loader, and the libraries in lib.
+fetch_cryptsetup() { # SUITE DIRECTORY to work in
+	apt_of "$1" "$2/apt"
+	export APT_CONFIG=$2/apt/apt.conf
+	apt-get -q update
+	apt-get -qy --no-install-recommends --download-only install libcryptsetup12 libpopt0
+	# Alone: what the package depends on besides these libraries is a systemd.
+	(cd "$2/apt/archives" && apt-get -q download cryptsetup-bin)
+	local deb
+	for deb in "$2"/apt/archives/*.deb; do dpkg-deb -x "$deb" "$2/tree"; done
+	mkdir -p "$2/out/lib"
+	find "$2/tree" -regex '.*/lib/[^/]*-linux-gnu/[^/]*\.so[^/]*' -exec cp -P -t "$2/out/lib" {} +
+	cp "$2"/out/lib/ld-linux-*.so.* "$2/out/ld.so"
+	find "$2/tree" -path '*/sbin/cryptsetup' -exec cp -t "$2/out" {} +
+	"$2/out/ld.so" --library-path "$2/out/lib" "$2/out/cryptsetup" --version
+	mkdir -p "$cache/cryptsetup-next"
+	mv "$2/out" "$cache/cryptsetup-next/$1"
+}
+
+install_cryptsetup_next() {
+	[ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || debian debian-archive-keyring
+	local suite
+	for suite in "${cryptsetup_suites[@]}"; do
+		[ -d "$cache/cryptsetup-next/$suite" ] && continue
+		mkdir -p "$cache"
+		work=$(mktemp -d "$cache/cryptsetup-next.XXXXXX")
+		trap 'rm -rf "$work"' EXIT
+		quietly "cryptsetup of $suite in .cache/cryptsetup-next" fetch_cryptsetup "$suite" "$work"
+		rm -rf "$work"
+	done
+}
+
 install_tools() {
 	debian shellcheck
 	install_go
@@ -252,7 +318,8 @@ for group; do
 	qemu) install_qemu ;;
 	peers) install_peers ;;
 	peers=*) install_peers "${group#peers=}" ;;
+	cryptsetup-next) install_cryptsetup_next ;;
 	tools) install_tools ;;
-	*) fail "no group $group; there are: packages go qemu peers tools" ;;
+	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next tools" ;;
 	esac
 done
