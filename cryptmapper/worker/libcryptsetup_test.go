@@ -36,7 +36,9 @@ func (s suite) command(program string) []string {
 	return []string{s.path("ld.so"), "--library-path", s.path("lib"), program}
 }
 
-func (s suite) path(name string) string { return "../../.cache/cryptsetup-next/" + string(s) + "/" + name }
+func (s suite) path(name string) string {
+	return "../../.cache/cryptsetup-next/" + string(s) + "/" + name
+}
 
 // need skips the test, or fails it, where the suite's files are not there.
 func (s suite) need(t *testing.T) {
