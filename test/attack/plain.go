@@ -99,12 +99,13 @@ func (o seen) String(normal table) string {
 	case !o.opened:
 		return "refused: " + o.message
 	}
-	parts := append([]string{"opens"}, o.table.differences(normal)...)
-	if o.content != "" && o.content != "data readable" || len(parts) == 1 {
-		parts = append(parts, o.content)
-	}
+	parts := []string{"opens"}
 	if o.leaks {
 		parts = append(parts, "PLAINTEXT ON DISK")
+	}
+	parts = append(parts, o.table.differences(normal)...)
+	if o.content != "" && o.content != "data readable" || len(parts) == 1 {
+		parts = append(parts, o.content)
 	}
 	return strings.Join(parts, ", ")
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -184,8 +185,8 @@ func (t table) differences(want table) []string {
 			list = append(list, name+" "+got[i])
 		}
 	}
-	if options := strings.Join(got[8:], " "); options != strings.Join(should[8:], " ") {
-		list = append(list, "options "+strings.TrimSpace(options))
+	if options := strings.TrimSpace(strings.Join(got[8:], " ")); options != strings.TrimSpace(strings.Join(should[8:], " ")) {
+		list = append(list, "options: "+cmp.Or(options, "none"))
 	}
 	return list
 }
