@@ -231,6 +231,8 @@ func (t *Tokens) ask(ctx context.Context, token string) reviewed {
 	case t.slots <- struct{}{}:
 		defer func() { <-t.slots }()
 	case <-ctx.Done():
+	}
+	if ctx.Err() != nil {
 		return reviewed{err: errdefs.Errorf(errdefs.ErrUnavailable, "too many tokens are being reviewed: call again later")}
 	}
 	begun := t.now()
