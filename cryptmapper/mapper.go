@@ -53,6 +53,10 @@ type Options struct {
 	// LockDir holds one lock file per mapping, on a file system that forgets
 	// at reboot: /run/cryptcsi where empty.
 	LockDir string
+	// HeaderBackup lets Open, MarkMade and Resize return a backup of a finished
+	// volume's header, in Header.Backup, where its DEK's Header has none or an
+	// older one. Restore takes it.
+	HeaderBackup bool
 	// Observe, where not nil, is told of every operation when it ends.
 	Observe func(op Op, name string, err error)
 }
@@ -139,6 +143,23 @@ func (m *Mapper) Rekey(ctx context.Context, v Volume, d dek.DEK, from dek.ID, ol
 	return r.Mapping.Header, err
 }
 
+// Restore gives a device on which no header verifies under d a header again,
+// made from d.Header.Backup, at the sequence of d.Header. block says that there
+// is no filesystem in the volume, so that none has to be found. The volume must
+// not be open. It returns false, and has written nothing, where a header
+// verifies: Open repairs a damaged copy.
+//
+// Before it writes it has read the device through the header that it made: a
+// sector that is authentic, without integrity a filesystem. ErrState where there
+// is none, and for a device with anything on it that is not of this header; it
+// then was not written to. Cut anywhere, the same call again finishes it.
+func (m *Mapper) Restore(ctx context.Context, v Volume, d dek.DEK, block bool) (dek.HeaderID, bool, error) {
+	req := request(OpRestore, v, d)
+	req.BlockVolume = block
+	r, err := m.run(ctx, req, Keys{DEK: d.Key})
+	return r.Mapping.Header, r.Restored, err
+}
+
 // Peek returns the metadata copies on a device as they stand there, for
 // showing: nothing in them is checked against a key. Of a header that is not
 // ours it returns the UUIDs alone.
@@ -163,7 +184,7 @@ func (m *Mapper) run(ctx context.Context, req Request, keys Keys) (Reply, error)
 	if !m.lock(name) {
 		return Reply{}, errdefs.Errorf(errdefs.ErrConflict, "another operation on mapping %s has not ended", name)
 	}
-	req.LockDir = m.opts.LockDir
+	req.LockDir, req.Backup = m.opts.LockDir, m.opts.HeaderBackup
 	req.Deadline, _ = ctx.Deadline()
 	reply, err := m.pool.do(ctx, req, keys, func() { m.unlock(name) })
 	if err == nil {

@@ -36,6 +36,7 @@ const (
 	OpClose    Op = "close"
 	OpPeek     Op = "peek"
 	OpRekey    Op = "rekey"
+	OpRestore  Op = "restore"
 )
 
 // Request is what a worker is told. Keys follow apart and are never JSON.
@@ -50,6 +51,10 @@ type Request struct {
 	Claim    dek.Claim
 	Header   dek.HeaderID // the floor
 	From     dek.ID       // Rekey: what the old key is the key of
+	// Backup asks for a header backup where Header has none, or an older one.
+	Backup bool
+	// BlockVolume tells Restore that there is no filesystem to look for.
+	BlockVolume bool
 }
 
 // Keys are the keys of a request. Who made them wipes them.
@@ -66,10 +71,11 @@ func (k Keys) Wipe() {
 
 // Reply is what a worker answers.
 type Reply struct {
-	Mapping Mapping
-	Copies  []HeaderCopy // Peek
-	Class   string       `json:",omitempty"` // of the error
-	Error   string       `json:",omitempty"`
+	Mapping  Mapping
+	Copies   []HeaderCopy // Peek
+	Restored bool         // Restore: a header was written
+	Class    string       `json:",omitempty"` // of the error
+	Error    string       `json:",omitempty"`
 }
 
 // HeaderCopy is one metadata copy as it stands on a device, not checked

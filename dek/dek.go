@@ -5,6 +5,7 @@ package dek
 
 import (
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"strings"
@@ -156,6 +157,22 @@ type HeaderID struct {
 	// ends a rotation: a sequence alone may come from a node that had read
 	// the record before, and the old DEK would be lost. Not stored.
 	Fingerprint string `json:"fingerprint,omitempty"`
+	// Backup is what the header can be made again from, where there is one:
+	// base64 of what only the DEK decrypts. See CheckBackup.
+	Backup string `json:"backup,omitempty"`
+}
+
+// maxBackup bounds a header's backup, in bytes of its text.
+const maxBackup = 512
+
+// CheckBackup checks the form of a header's backup: empty, or base64 in the one
+// way in which it is written, of at most 512 characters.
+func CheckBackup(s string) error {
+	b, err := base64.StdEncoding.Strict().DecodeString(s)
+	if err != nil || len(s) > maxBackup || base64.StdEncoding.EncodeToString(b) != s {
+		return fmt.Errorf("header backup of %d characters: must be at most %d of base64", len(s), maxBackup)
+	}
+	return nil
 }
 
 // Fingerprint names a DEK without telling anything about it: 16 bytes of

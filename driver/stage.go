@@ -441,7 +441,7 @@ func (s *staging) confirm(ctx context.Context) error {
 	if !s.m.Made { // handed over: mount comes first
 		return nil
 	}
-	if s.key.State != dek.Prepared && s.m.Header.Sequence <= s.key.Header.Sequence {
+	if s.key.State != dek.Prepared && s.m.Header.Sequence <= s.key.Header.Sequence && s.m.Header.Backup == "" {
 		return nil
 	}
 	if err := s.cfg.Keys.ConfirmDEK(ctx, s.v.dek, s.m.Header); err != nil {
@@ -512,6 +512,7 @@ func (s *staging) note(context.Context) error {
 	st.Filesystem = s.fs.Type
 	st.Spec = s.key.Spec
 	st.Header = s.m.Header
+	st.Header.Backup = "" // has its place in the record
 	st.Device, st.DeviceSeq = s.dev.Number, s.dev.Seq
 	return s.save(s.v, st)
 }

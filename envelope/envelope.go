@@ -345,15 +345,23 @@ func (k *Keyring) ReleaseClaim(ctx context.Context, id dek.ID, node string) erro
 // While Rotating, a header at or above the floor whose Fingerprint is the new
 // key's ends the rotation: the previous key is dropped. Any other only raises
 // the floor.
+//
+// A backup that comes with a header at or above the floor takes the place of
+// the one in the record; without one the record keeps what it has. While the
+// key is Rotating none is taken: nobody knows under which key it is.
 func (k *Keyring) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error {
 	if err := dek.CheckUUID(h.UUID); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: header: %w", id, err)
+	}
+	if err := dek.CheckBackup(h.Backup); err != nil {
+		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: %w", id, err)
 	}
 	return k.change(ctx, id, func(r *record, main opened) (bool, error) {
 		known := r.Header.UUID
 		if r.State == dek.Prepared {
 			known = r.Claim.UUID
 		}
+		before := r.State
 		rotated := r.State == dek.Rotating && h.Fingerprint == dek.Fingerprint(main.key) && h.Sequence >= r.Header.Sequence
 		switch {
 		case known == "":
@@ -364,11 +372,17 @@ func (k *Keyring) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) err
 			r.State, r.Previous = dek.Formatted, wrappedV1{}
 		case r.State == dek.Prepared:
 			r.State = dek.Formatted
-		case h.Sequence <= r.Header.Sequence:
-			return false, nil
 		}
-		r.Header = headerV1{UUID: h.UUID, Sequence: h.Sequence}
-		return true, nil
+		next := headerV1{UUID: h.UUID, Sequence: h.Sequence, Backup: r.Header.Backup}
+		if h.Backup != "" && r.State == dek.Formatted {
+			next.Backup = h.Backup
+		}
+		if r.Header.UUID != "" && h.Sequence < r.Header.Sequence {
+			next = r.Header
+		}
+		changed := before != r.State || next != r.Header
+		r.Header = next
+		return changed, nil
 	})
 }
 
@@ -497,7 +511,7 @@ func (k *Keyring) dekBy(ctx context.Context, r *record, unwrap unwrapper) (dek.D
 		Spec:     dek.Spec(r.Spec),
 		Source:   r.Source,
 		Claim:    dek.Claim(r.Claim),
-		Header:   dek.HeaderID{UUID: r.Header.UUID, Sequence: r.Header.Sequence},
+		Header:   dek.HeaderID{UUID: r.Header.UUID, Sequence: r.Header.Sequence, Backup: r.Header.Backup},
 		Key:      main.key,
 		Previous: previous.key,
 	}, nil

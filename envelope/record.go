@@ -98,6 +98,7 @@ type (
 	headerV1 struct {
 		UUID     string `json:"uuid,omitempty"`
 		Sequence uint64 `json:"sequence,omitempty"`
+		Backup   string `json:"backup,omitempty"` // see dek.HeaderID; absent where nobody asked for one
 	}
 	wasV1 struct {
 		State   dek.State `json:"state,omitempty"`
@@ -272,6 +273,7 @@ func (r *record) fields() []byte {
 	in.optional("claim/uuid", r.Claim.UUID)
 	in.text("created", r.Created)
 	in.optional("expires", r.Expires)
+	in.optional("header/backup", r.Header.Backup)
 	if r.Header.Sequence != 0 {
 		in.field("header/sequence", 'n', strconv.FormatUint(r.Header.Sequence, 10))
 	}
@@ -404,6 +406,9 @@ func (r *record) validateLive() error {
 	case dek.Formatted, dek.Rotating:
 		if err := dek.CheckUUID(r.Header.UUID); err != nil {
 			return fmt.Errorf("header: %w", err)
+		}
+		if err := dek.CheckBackup(r.Header.Backup); err != nil {
+			return err
 		}
 	default:
 		return fmt.Errorf("state %.40q is not known", r.State)

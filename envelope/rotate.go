@@ -63,6 +63,7 @@ func (k *Keyring) startRotation(ctx context.Context, r *record, at place) error 
 		return err
 	}
 	r.State, r.Updated = dek.Rotating, k.stamp(k.now())
+	r.Header.Backup = "" // it opens under the old key
 	return k.replace(ctx, r, key, at)
 }
 
@@ -91,6 +92,7 @@ func (k *Keyring) inherit(ctx context.Context, r *record) error {
 		return errdefs.Errorf(errdefs.ErrConflict, "its key is being rotated, or it is a clone that no node has opened yet: mount it once, then clone it")
 	}
 	r.State, r.Header = dek.Rotating, s.Header
+	r.Header.Backup = "" // it opens under the source's key
 	r.Previous, err = k.wrap(ctx, r.ID, old)
 	return err
 }

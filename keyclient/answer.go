@@ -47,7 +47,7 @@ func describeDEK(a *keyservicev1.DEK, id dek.ID) (dek.DEK, error) {
 		Spec:   specFromWire(a.GetSpec()),
 		Source: dek.ID(a.GetSource()),
 		Claim:  dek.Claim{Node: a.GetClaim().GetNode(), UUID: a.GetClaim().GetUuid()},
-		Header: dek.HeaderID{UUID: a.GetHeader().GetUuid(), Sequence: a.GetHeader().GetSequence(), Fingerprint: a.GetHeader().GetFingerprint()},
+		Header: dek.HeaderID{UUID: a.GetHeader().GetUuid(), Sequence: a.GetHeader().GetSequence(), Fingerprint: a.GetHeader().GetFingerprint(), Backup: a.GetHeader().GetBackup()},
 	}
 	if d.ID != id {
 		return dek.DEK{}, corrupt("it is about DEK %.300q, and %s was asked for", d.ID, id)
@@ -126,6 +126,9 @@ func validDEK(d dek.DEK) error {
 	case dek.Formatted, dek.Rotating:
 		if err := dek.CheckUUID(d.Header.UUID); err != nil {
 			return fmt.Errorf("header: %w", err)
+		}
+		if err := dek.CheckBackup(d.Header.Backup); err != nil {
+			return err
 		}
 	default:
 		return fmt.Errorf("state %.40q is not known", d.State)

@@ -310,9 +310,12 @@ func (c *Client) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) erro
 	if err := dek.CheckUUID(h.UUID); err != nil {
 		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q: header: %w", id, err)
 	}
+	if err := dek.CheckBackup(h.Backup); err != nil {
+		return errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q: %w", id, err)
+	}
 	return c.about(ctx, "ConfirmDEK", id, func(ctx context.Context, conn *connection) error {
 		_, err := conn.keys.ConfirmDEK(ctx, &keyservicev1.ConfirmDEKRequest{
-			Id: string(id), Header: &keyservicev1.Header{Uuid: h.UUID, Sequence: h.Sequence, Fingerprint: h.Fingerprint},
+			Id: string(id), Header: &keyservicev1.Header{Uuid: h.UUID, Sequence: h.Sequence, Fingerprint: h.Fingerprint, Backup: h.Backup},
 		})
 		return err
 	})

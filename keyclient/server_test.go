@@ -94,7 +94,7 @@ func (s *service) ClaimFormat(ctx context.Context, r *keyservicev1.ClaimFormatRe
 }
 
 func (s *service) ConfirmDEK(ctx context.Context, r *keyservicev1.ConfirmDEKRequest) (*keyservicev1.ConfirmDEKResponse, error) {
-	h := dek.HeaderID{UUID: r.Header.Uuid, Sequence: r.Header.Sequence, Fingerprint: r.Header.Fingerprint}
+	h := dek.HeaderID{UUID: r.Header.Uuid, Sequence: r.Header.Sequence, Fingerprint: r.Header.Fingerprint, Backup: r.Header.Backup}
 	return &keyservicev1.ConfirmDEKResponse{}, errgrpc.ToGRPC(s.ring.ConfirmDEK(ctx, dek.ID(r.Id), h))
 }
 
@@ -121,7 +121,7 @@ func answer(recipient []byte) func(dek.DEK, error) (*keyservicev1.DEK, error) {
 			a.Claim = &keyservicev1.Claim{Node: d.Claim.Node, Uuid: d.Claim.UUID}
 		}
 		if d.Header != (dek.HeaderID{}) {
-			a.Header = &keyservicev1.Header{Uuid: d.Header.UUID, Sequence: d.Header.Sequence}
+			a.Header = &keyservicev1.Header{Uuid: d.Header.UUID, Sequence: d.Header.Sequence, Backup: d.Header.Backup}
 		}
 		if len(recipient) == 0 {
 			return a, nil

@@ -292,7 +292,10 @@ func headerOf(h *keyservicev1.Header) (dek.HeaderID, error) {
 	if n := len(h.GetFingerprint()); n > maxUUID {
 		return dek.HeaderID{}, errdefs.Errorf(errdefs.ErrInvalid, "header: fingerprint of %d bytes: at most %d", n, maxUUID)
 	}
-	return dek.HeaderID{UUID: h.GetUuid(), Sequence: h.GetSequence(), Fingerprint: h.GetFingerprint()}, nil
+	if err := dek.CheckBackup(h.GetBackup()); err != nil {
+		return dek.HeaderID{}, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
+	}
+	return dek.HeaderID{UUID: h.GetUuid(), Sequence: h.GetSequence(), Fingerprint: h.GetFingerprint(), Backup: h.GetBackup()}, nil
 }
 
 // sealedOnWire is d with its keys sealed.
@@ -317,7 +320,7 @@ func onWire(d dek.DEK) *keyservicev1.DEK {
 		a.Claim = &keyservicev1.Claim{Node: d.Claim.Node, Uuid: d.Claim.UUID}
 	}
 	if d.Header != (dek.HeaderID{}) {
-		a.Header = &keyservicev1.Header{Uuid: d.Header.UUID, Sequence: d.Header.Sequence}
+		a.Header = &keyservicev1.Header{Uuid: d.Header.UUID, Sequence: d.Header.Sequence, Backup: d.Header.Backup}
 	}
 	return a
 }

@@ -31,6 +31,7 @@ const usage = `csi-plugin encrypts the volumes of another CSI driver.
   csi-plugin node      serve CSI on the node, in front of the wrapped driver's node socket
   csi-plugin controller  serve CSI's controller, in front of the wrapped driver's
   csi-plugin rekey     give a volume that Constellation made to a key of its own
+  csi-plugin restore-header  make a volume's destroyed header again from the backup in its record
   csi-plugin open      open one encrypted device that is no CSI volume, and print its path
   csi-plugin close     close it
   csi-plugin inspect   list the encrypted volumes of this node
@@ -66,6 +67,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		err = inspect(ctx, rest, stdout, stderr)
 	case "rekey":
 		err = rekey(ctx, rest, stdout, stderr)
+	case "restore-header":
+		err = restoreHeader(ctx, rest, stdout, stderr)
 	case "version":
 		err = printVersion(ctx, rest, stdout, stderr)
 	case "help", "h":

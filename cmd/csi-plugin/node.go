@@ -29,6 +29,7 @@ type nodeFlags struct {
 	tolerateUngrown      bool
 	worker               *string
 	warmWorkers          int
+	headerBackup         bool
 }
 
 func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
@@ -42,6 +43,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs.StringVar(&f.stageWith, "stage-with", driver.StageWithProxy, `who makes and mounts the filesystem: "proxy", or "wrapped" to hand the mapped device over to the wrapped driver`)
 	fs.StringVar(&f.integrity, "integrity", string(driver.IntegrityDefault), `authenticated sectors: "off" refuses volumes that ask for them, "default" does as the volume asks, "required" refuses volumes without`)
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
+	fs.BoolVar(&f.headerBackup, "header-backup", false, "keep in each volume's record, under its DEK, what restore-header makes a destroyed header from; volumes without one get it when they are next staged")
 	f.worker = workerFlag(fs)
 	fs.IntVar(&f.warmWorkers, "warm-workers", 2, "crypt-workers kept started ahead")
 	if err := f.parse(fs, args); err != nil {
@@ -75,7 +77,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	var m *measured
-	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}, Warm: f.warmWorkers,
+	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}, Warm: f.warmWorkers, HeaderBackup: f.headerBackup,
 		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
 	defer cm.Shutdown()
 	m = newMeasured(library, cm.List, cm.Stuck)

@@ -175,29 +175,34 @@ func flush(path string) error {
 	return nil
 }
 
-// probe fails where the device carries any signature that blkid knows: a
-// filesystem, a partition table, RAID, LVM, another encryption.
+// probe fails where the device carries any signature.
 func (d *device) probe() error {
+	what, err := d.signature()
+	if err == nil && what != "" {
+		err = errdefs.Errorf(errdefs.ErrState, "device %s is to be formatted, but holds %s; it will not be touched: wipe it by hand if it is the right one and holds nothing", d.number, what)
+	}
+	return err
+}
+
+// signature names what the device carries of that which blkid knows: a
+// filesystem, a partition table, RAID, LVM, another encryption; "" for nothing.
+func (d *device) signature() (string, error) {
 	cmd := exec.Command("blkid", "--probe", "--output", "export", "/proc/self/fd/3")
 	cmd.ExtraFiles = []*os.File{d.file}
 	out, err := cmd.Output()
 	var exit *exec.ExitError
 	switch {
 	case err == nil:
-		return d.foreign(signature(out))
+		return signature(out), nil
 	case !errors.As(err, &exit):
-		return errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: %w", d.number, err)
+		return "", errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: %w", d.number, err)
 	case exit.ExitCode() == 2: // nothing found; that the device can be read was seen before
-		return nil
+		return "", nil
 	case exit.ExitCode() == 8:
-		return d.foreign("several signatures")
+		return "several signatures", nil
 	default:
-		return errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: blkid: %w: %s", d.number, err, bytes.TrimSpace(exit.Stderr))
+		return "", errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: blkid: %w: %s", d.number, err, bytes.TrimSpace(exit.Stderr))
 	}
-}
-
-func (d *device) foreign(what string) error {
-	return errdefs.Errorf(errdefs.ErrState, "device %s is to be formatted, but holds %s; it will not be touched: wipe it by hand if it is the right one and holds nothing", d.number, what)
 }
 
 // signature picks the type out of blkid's answer.

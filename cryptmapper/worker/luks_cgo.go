@@ -195,6 +195,17 @@ func (d *luks) replaceKey(uuid string, vk, key secret.Bytes) error {
 	if err := d.check("crypt_keyslot_destroy", C.crypt_keyslot_destroy(d.cd, 0)); err != nil {
 		return err
 	}
+	if err := d.putKey(vk, key); err != nil {
+		return err
+	}
+	c := C.CString(uuid)
+	defer C.free(unsafe.Pointer(c))
+	return d.check("crypt_set_uuid", C.crypt_set_uuid(d.cd, c))
+}
+
+// putKey puts the volume key, which the loaded header has a digest of, into
+// keyslot 0 under key.
+func (d *luks) putKey(vk, key secret.Bytes) error {
 	if err := d.check("crypt_set_pbkdf_type", C.cc_set_pbkdf(d.cd)); err != nil {
 		return err
 	}
@@ -203,12 +214,7 @@ func (d *luks) replaceKey(uuid string, vk, key secret.Bytes) error {
 	r := C.crypt_keyslot_add_by_volume_key(d.cd, 0, v, nv, p, n)
 	runtime.KeepAlive(vk)
 	runtime.KeepAlive(key)
-	if err := d.check("crypt_keyslot_add_by_volume_key", r); err != nil {
-		return err
-	}
-	c := C.CString(uuid)
-	defer C.free(unsafe.Pointer(c))
-	return d.check("crypt_set_uuid", C.crypt_set_uuid(d.cd, c))
+	return d.check("crypt_keyslot_add_by_volume_key", r)
 }
 
 func passphrase(key secret.Bytes) (*C.char, C.size_t) {
@@ -222,6 +228,7 @@ const (
 	flagKeyring          = C.CRYPT_ACTIVATE_KEYRING_KEY
 	flagIgnorePersistent = C.CRYPT_ACTIVATE_IGNORE_PERSISTENT
 	flagNoJournal        = C.CRYPT_ACTIVATE_NO_JOURNAL
+	flagRecovery         = C.CRYPT_ACTIVATE_RECOVERY // dm-integrity's mode R: nothing is replayed
 )
 
 // LibraryVersion returns the version of the libcryptsetup that this process

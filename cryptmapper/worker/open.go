@@ -298,7 +298,8 @@ func (o *operation) describe(dev *device, h *luks2.Header) (cryptmapper.Mapping,
 	}
 	m := s.Mapping()
 	m.Made, m.Header = h.Token.Made, h.ID()
-	return m, nil
+	m.Header.Backup, err = o.backup(dev, h)
+	return m, err
 }
 
 func oneLine(err error) string {

@@ -97,6 +97,8 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 		reply.Mapping, err = o.resize(l)
 	case cryptmapper.OpRekey:
 		reply.Mapping.Header, err = o.rekey()
+	case cryptmapper.OpRestore:
+		reply.Mapping.Header, reply.Restored, err = o.restore()
 	default:
 		err = errdefs.Errorf(errdefs.ErrInvalid, "operation %q is not known", o.Op)
 	}
@@ -115,6 +117,11 @@ func (o *operation) validate() error {
 	}
 	if o.Op == cryptmapper.OpRekey {
 		if err := o.validRekey(); err != nil {
+			return err
+		}
+	}
+	if o.Op == cryptmapper.OpRestore {
+		if err := o.validRestore(); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package drivertest
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"sync"
@@ -160,6 +161,9 @@ func (k *Keys) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error 
 		return errdefs.Errorf(errdefs.ErrState, "%s has header %s, not %s", id, r.Header.UUID, h.UUID)
 	}
 	r.State = dek.Formatted
-	r.Header = dek.HeaderID{UUID: h.UUID, Sequence: max(r.Header.Sequence, h.Sequence)}
+	if h.Sequence < r.Header.Sequence {
+		return nil
+	}
+	r.Header = dek.HeaderID{UUID: h.UUID, Sequence: h.Sequence, Backup: cmp.Or(h.Backup, r.Header.Backup)}
 	return nil
 }

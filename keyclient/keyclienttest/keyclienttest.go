@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 
@@ -59,6 +60,7 @@ func Run(t *testing.T, open func(t *testing.T) Keys) {
 		{"LifeCycle", lifeCycle},
 		{"Claim", claim},
 		{"ConfirmRaisesTheFloor", confirmRaises},
+		{"Backup", backup},
 		{"ConfirmOtherHeader", confirmOther},
 		{"Rotate", rotate},
 		{"RotateOnlyFormatted", rotateOnlyFormatted},
@@ -201,7 +203,7 @@ func badArguments(t *testing.T, k Keys) {
 		_, err := k.ClaimFormat(t.Context(), id, bad)
 		mustBe(t, fmt.Sprintf("ClaimFormat with %+v", bad), err, errdefs.ErrInvalid)
 	}
-	for _, bad := range []dek.HeaderID{{}, {Sequence: 1}, {UUID: "x"}} {
+	for _, bad := range []dek.HeaderID{{}, {Sequence: 1}, {UUID: "x"}, {UUID: uuid, Backup: "no base64"}, {UUID: uuid, Backup: strings.Repeat("AAAA", 129)}} {
 		mustBe(t, fmt.Sprintf("ConfirmDEK with %+v", bad), k.ConfirmDEK(t.Context(), id, bad), errdefs.ErrInvalid)
 	}
 }
@@ -263,6 +265,44 @@ func confirmRaises(t *testing.T, k Keys) {
 		must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: want.Header.UUID, Sequence: step.confirm}))
 		want.Header.Sequence = step.floor
 		same(t, fmt.Sprintf("after confirming %d", step.confirm), get(t, k, id), want)
+	}
+}
+
+// backup stays with the header until another one comes, at the floor or above.
+func backup(t *testing.T, k Keys) {
+	want := format(t, k, id)
+	for _, step := range []struct {
+		sequence      uint64
+		backup, holds string
+	}{
+		{5, "", ""}, {4, "AAAA", ""}, {5, "AAAA", "AAAA"}, {5, "AAAA", "AAAA"}, {5, "", "AAAA"}, {6, "", "AAAA"},
+		{5, "BBBB", "AAAA"}, {7, "Y2FudA==", "Y2FudA=="}, {7, strings.Repeat("/+09", 128), strings.Repeat("/+09", 128)},
+	} {
+		must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: want.Header.UUID, Sequence: step.sequence, Backup: step.backup}))
+		want.Header.Sequence, want.Header.Backup = max(want.Header.Sequence, step.sequence), step.holds
+		same(t, fmt.Sprintf("after confirming %d with backup %q", step.sequence, step.backup), get(t, k, id), want)
+	}
+
+	// It is under the old key: neither a new one nor a copy has it.
+	next, err := k.RotateDEK(t.Context(), id)
+	must(t, "RotateDEK", err)
+	t.Cleanup(next.Wipe)
+	if next.Header.Backup != "" {
+		t.Error("a rotated key has the old one's backup")
+	}
+	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: want.Header.UUID, Sequence: 8, Backup: "AAAA"}))
+	if d := get(t, k, id); d.Header.Backup != "" || d.Header.Sequence != 8 {
+		t.Errorf("while rotating a backup was taken: %+v", d.Header)
+	}
+	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: want.Header.UUID, Sequence: 9, Backup: "BBBB", Fingerprint: dek.Fingerprint(next.Key)}))
+	if d := get(t, k, id); d.Header.Backup != "BBBB" || d.State != dek.Formatted {
+		t.Errorf("rotated: %s with %+v", d.State, d.Header)
+	}
+	made, err := k.CloneDEK(t.Context(), id+"-copy", spec(), id)
+	must(t, "CloneDEK", err)
+	t.Cleanup(made.Wipe)
+	if made.Header.Backup != "" || made.Header.Sequence != 9 {
+		t.Errorf("a clone has %+v", made.Header)
 	}
 }
 

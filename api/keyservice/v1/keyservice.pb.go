@@ -677,6 +677,7 @@ type Header struct {
 	Uuid          string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
 	Sequence      uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Fingerprint   string                 `protobuf:"bytes,3,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"` // of the DEK that it opens with; in requests only
+	Backup        string                 `protobuf:"bytes,4,opt,name=backup,proto3" json:"backup,omitempty"`           // base64 of what the header can be made again from, under the DEK; may be empty
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -728,6 +729,13 @@ func (x *Header) GetSequence() uint64 {
 func (x *Header) GetFingerprint() string {
 	if x != nil {
 		return x.Fingerprint
+	}
+	return ""
+}
+
+func (x *Header) GetBackup() string {
+	if x != nil {
+		return x.Backup
 	}
 	return ""
 }
@@ -1138,11 +1146,12 @@ const file_api_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x06layout\x18\x04 \x01(\tR\x06layout\"/\n" +
 	"\x05Claim\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
-	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"Z\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"r\n" +
 	"\x06Header\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12 \n" +
-	"\vfingerprint\x18\x03 \x01(\tR\vfingerprint\"\x91\x01\n" +
+	"\vfingerprint\x18\x03 \x01(\tR\vfingerprint\x12\x16\n" +
+	"\x06backup\x18\x04 \x01(\tR\x06backup\"\x91\x01\n" +
 	"\rUnsealRequest\x12\x19\n" +
 	"\bkms_uris\x18\x01 \x03(\tR\akmsUris\x12!\n" +
 	"\fstorage_uris\x18\x02 \x03(\tR\vstorageUris\x12\x14\n" +
