@@ -127,6 +127,11 @@ func TestVectors(t *testing.T) {
 			Spec:  dek.Spec{Name: "n", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
 			Claim: dek.Claim{Node: "n", UUID: uuid}, Header: dek.HeaderID{UUID: uuid},
 		}},
+		{"formatted-backup", 11, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-11", State: dek.Formatted, Spec: dek.Spec{Name: "pvc-11", Cipher: dek.CipherXTS},
+			Claim: dek.Claim{Node: "node-e", UUID: uuid}, Header: dek.HeaderID{UUID: uuid, Sequence: 2,
+				Backup: "DAwMDAwMDAwMDAwM7kvwmSo7gYe/ZK5dpeUSKNGjN6PachRAQGoHnSIcE6/Gu88LxVMxbIvQD2mJkkGkkD2g/k6qny7b8a/v5dVhjuxR4QQyS9QTh8zJ/U+SdnFtpP+Q02tVK+xx07ZASIGA2H7O7tAIfSyo0UOGdODKHumEYARm"},
+		}},
 		{"rotating", 6, dek.DEK{
 			ID: "ebs.csi.aws.com/vol-6", State: dek.Rotating, Spec: dek.Spec{Name: "pvc-6", Cipher: dek.CipherXTS},
 			Claim: dek.Claim{Node: "node-c", UUID: uuid}, Header: dek.HeaderID{UUID: uuid, Sequence: 9},

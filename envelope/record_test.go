@@ -144,6 +144,7 @@ func moreBadRecords(t *testing.T) map[string]string {
 	}
 	wrap := map[string]any{"scheme": "cluster", "key_id": "k", "mechanism": "m", "ciphertext": "AAAA"}
 	was := map[string]any{"state": "formatted", "updated": "2026-01-02T03:04:06Z"}
+	const uuid = "0b9c1a52-6f0e-4d5b-9a3e-8f1c2d3e4f50"
 	const later, short = "2027-01-02T03:04:06Z", "AAAA"
 	return map[string]string{
 		"rotating without a previous key": change("rotating", map[string]any{"previous": nil}),
@@ -154,6 +155,9 @@ func moreBadRecords(t *testing.T) map[string]string {
 		"half a previous key, formatted":  change("formatted", map[string]any{"previous": map[string]any{"scheme": "cluster"}}),
 		"a clone of itself":               change("released", map[string]any{"source": "ebs.csi.aws.com/vol-8"}),
 		"a clone of a bad ID":             change("released", map[string]any{"source": "a b"}),
+		"a backup that is no base64":      change("formatted-backup", map[string]any{"header": map[string]any{"uuid": uuid, "sequence": 2, "backup": "AAA"}}),
+		"a backup that is too long":       change("formatted-backup", map[string]any{"header": map[string]any{"uuid": uuid, "sequence": 2, "backup": strings.Repeat("AAAA", 129)}}),
+		"an empty backup":                 change("formatted-backup", map[string]any{"header": map[string]any{"uuid": uuid, "sequence": 2, "backup": ""}}),
 		"a short authenticator":           change("rotating", map[string]any{"auth": short}),
 		"an empty authenticator":          change("rotating", map[string]any{"auth": ""}),
 		"alive, but expires":              change("rotating", map[string]any{"expires": later}),
@@ -177,7 +181,7 @@ func TestMACCoversEverything(t *testing.T) {
 	changed := 0
 	for name, n := range map[string]byte{
 		"prepared": 1, "claimed": 2, "formatted": 3, "formatted-no-sequence": 4,
-		"rotating": 6, "clone-authenticated": 7, "released": 8, "deleted-with-grace": 9,
+		"rotating": 6, "clone-authenticated": 7, "released": 8, "deleted-with-grace": 9, "formatted-backup": 11,
 	} {
 		key := countUp(32*n, 32)
 		defer key.Wipe()
@@ -200,7 +204,7 @@ func TestMACCoversEverything(t *testing.T) {
 			t.Errorf("%s verifies under another key", name)
 		}
 		other.Wipe()
-		if name != "claimed" && name != "formatted" && name != "clone-authenticated" {
+		if name != "claimed" && name != "formatted" && name != "formatted-backup" && name != "clone-authenticated" {
 			continue // these have every field
 		}
 		from := 0
