@@ -95,7 +95,7 @@ kernel: build cryptsetups ## tests on a kernel with dm-crypt (VM=native, uml or 
 .PHONY: crash
 crash: build ## kill worker and guest at every step of a volume's first life (make test: a sample)
 	CRASH_EVERY=1 go test -count=1 -timeout 20m -v ./test/crash
-	CRASH_EVERY=1 VM_ENV=CRASH_EVERY go test -count=1 -timeout 20m $(in-guest) -run TestKernelKilledAtSteps -v ./cryptmapper/worker
+	CRASH_EVERY=1 VM_ENV=CRASH_EVERY go test -count=1 -timeout 40m $(in-guest) -run 'TestKernel.*KilledAtSteps' -v ./cryptmapper/worker
 
 .PHONY: sanity
 sanity: build ## csi-sanity alone, with the list of what it skips
