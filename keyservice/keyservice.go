@@ -248,7 +248,6 @@ func ServerOptions() []grpc.ServerOption {
 		// Thousands of nodes keep a connection, and seldom use it.
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(4 << 10),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionAge:      10 * time.Minute,
 			MaxConnectionAgeGrace: time.Minute,
