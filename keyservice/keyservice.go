@@ -245,6 +245,7 @@ func ServerOptions() []grpc.ServerOption {
 		// server hold no more than this many requests of maxUnseal.
 		grpc.MaxConcurrentStreams(16),
 		grpc.ConnectionTimeout(10 * time.Second),
+		grpc.NumStreamWorkers(64), // whose stacks have grown once; more calls than that get goroutines of their own
 		// Thousands of nodes keep a connection, and seldom use it.
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(4 << 10),
