@@ -374,8 +374,13 @@ func TestAttached(t *testing.T) {
 
 	_, err := controller.CreateDEK(ctx, id, xts())
 	wants(t, "CreateDEK", err, nil)
-	_, err = controller.GetDEK(ctx, id)
-	wants(t, "GetDEK by the controller", err, errdefs.ErrDenied)
+	told, err := controller.GetDEK(ctx, id)
+	wants(t, "GetDEK by the controller", err, nil)
+	if told.Key.Len() != 0 {
+		t.Error("the controller was given a key")
+	}
+	_, err = as("controller", false).GetDEK(ctx, id)
+	wants(t, "GetDEK by a controller that wants the key", err, errdefs.ErrDenied)
 	_, err = a.GetDEK(ctx, id)
 	wants(t, "GetDEK before it is attached", err, errdefs.ErrDenied)
 	detach := attach(t, k, "pv-1", "a")
