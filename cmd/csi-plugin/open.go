@@ -40,7 +40,7 @@ type openFlags struct {
 	recovery               recoveryFlags
 	id, device, name, node string
 	integrity              string
-	readOnly               bool
+	readOnly, backup       bool
 	wait                   time.Duration
 	worker                 *string
 }
@@ -59,6 +59,7 @@ func parseOpenFlags(args []string, stderr io.Writer) (*openFlags, error) {
 	fs.StringVar(&f.node, "node-name", cmp.Or(os.Getenv("NODE_NAME"), hostname), "name of this node in claims; default from $NODE_NAME, then the host name")
 	fs.StringVar(&f.integrity, "integrity", "", `"hmac-sha256" refuses a device without authenticated sectors, and makes new ones with them`)
 	fs.BoolVar(&f.readOnly, "read-only", false, "map so that nothing can be written")
+	fs.BoolVar(&f.backup, "header-backup", false, "keep in the record, under the DEK, what restore-header makes a destroyed header from")
 	fs.DurationVar(&f.wait, "wait", 0, "how long to try again while key or device are out of reach; 0 tries once, or with --recovery-listen for ever")
 	f.worker = workerFlag(fs)
 	if err := parse(fs, args); err != nil {
@@ -132,7 +133,7 @@ func openDevice(ctx context.Context, args []string, stdout, stderr io.Writer) er
 		return err
 	}
 	defer closeKeys()
-	m := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}})
+	m := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}, HeaderBackup: f.backup})
 	defer m.Shutdown()
 	path, err := newOpener(f, localDevices{mapper{m}}, log).run(ctx, f, way)
 	if err != nil {
@@ -379,7 +380,7 @@ func (w *ordinary) open(ctx context.Context, o *opener) error {
 		return err
 	}
 	// Nobody works with the device before the record has this.
-	if d.State == dek.Prepared || m.Header.Sequence > d.Header.Sequence {
+	if d.State == dek.Prepared || m.Header.Sequence > d.Header.Sequence || m.Header.Backup != "" {
 		if err := w.keys.ConfirmDEK(ctx, o.id, m.Header); err != nil {
 			return err
 		}
@@ -396,6 +397,9 @@ func (w *ordinary) fetch(ctx context.Context, o *opener) (dek.DEK, error) {
 	}
 	if err != nil {
 		return d, err
+	}
+	if d.Spec.Layout == dek.LayoutConstellation {
+		d.Spec.Integrity = o.integrity // there is no record that could say it
 	}
 	if err := o.demand(d); err != nil {
 		return d, err

@@ -219,6 +219,7 @@ func (k *takeover) tell(name string, integrity bool) {
 	v.Context["cryptcsi.io/dek-id"] = uuid
 	k.up(v, "ours", "our words")
 	k.must("down", v.Down(ctx))
+	k.outsideCSI(v, uuid, integrity)
 
 	if code, said := k.rekey(v, append(rekey, "--luks-uuid="+dek.NewUUID())...); code != 1 || !strings.Contains(said, "another volume") {
 		k.Errorf("re-keying another UUID: %d, %s", code, said)
@@ -262,6 +263,23 @@ func (k *takeover) tell(name string, integrity bool) {
 	k.refused("a rolled-back disk", other.Stage(ctx), "will not be formatted")
 	k.must("blanking", copyDevice(other.Device(), ""))
 	k.refused("a blanked disk", other.Stage(ctx), "will not be formatted")
+}
+
+// outsideCSI opens the device by the verb, as an administrator would.
+func (k *takeover) outsideCSI(v *stack.Volume, uuid string, integrity bool) {
+	k.Helper()
+	args := append([]string{"open", "--crypt-worker=" + filepath.Join(k.bin, "crypt-worker"), "--device=" + v.Device(), "--dek-id=" + uuid,
+		"--name=theirs", "--read-only", "--key-service-protocol=constellation"}, k.service("")...)
+	if integrity {
+		args = append(args, "--integrity=hmac-sha256")
+	}
+	var out, errs bytes.Buffer
+	if code := run(k.Context(), args, &out, &errs); code != 0 || out.String() != "/dev/mapper/theirs\n" {
+		k.Errorf("open: %d, %q, %s", code, out.String(), errs.String())
+	}
+	if code := run(k.Context(), []string{"close", "--crypt-worker=" + filepath.Join(k.bin, "crypt-worker"), "--name=theirs"}, &out, &errs); code != 0 {
+		k.Errorf("close: %d, %s", code, errs.String())
+	}
 }
 
 // copyDevice copies the start of a device, or zeros for "", to another one.
