@@ -133,16 +133,16 @@ func TestKeyService(t *testing.T) {
 	c.node(t, "node-1")
 	c.node(t, "node-2")
 
-	client := func(token string) *keyclient.Client {
+	client := func(token string, withoutKeys bool) *keyclient.Client {
 		k, err := keyclient.New(keyclient.Config{Address: "dns:///" + addr, CAFile: filepath.Join(tls, "ca.crt"), ServerName: server,
-			TokenFile: token, WithoutKeys: true, Attempts: 1})
+			TokenFile: token, WithoutKeys: withoutKeys, Attempts: 1})
 		must(t, "client", err)
 		t.Cleanup(func() { _ = k.Close() })
 		return k
 	}
 	ctx := t.Context()
-	controller := client(c.token(t, "cryptcsi-controller", ""))
-	one, two := client(c.token(t, "cryptcsi-node", "node-1")), client(c.token(t, "cryptcsi-node", "node-2"))
+	controller := client(c.token(t, "cryptcsi-controller", ""), true)
+	one, two := client(c.token(t, "cryptcsi-node", "node-1"), false), client(c.token(t, "cryptcsi-node", "node-2"), false)
 	id := c.attached(t, "pv-1", "vol-1", "node-1")
 
 	_, err := controller.CreateDEK(ctx, id, dek.Spec{Cipher: dek.CipherXTS})
@@ -154,7 +154,7 @@ func TestKeyService(t *testing.T) {
 	got.Wipe()
 	_, err = two.GetDEK(ctx, id)
 	wants(t, "GetDEK by another node", err, errdefs.ErrDenied)
-	_, err = client(c.token(t, "cryptcsi-controller", "node-1")).GetDEK(ctx, id)
+	_, err = client(c.token(t, "cryptcsi-controller", "node-1"), false).GetDEK(ctx, id)
 	wants(t, "GetDEK by an account on the node that is no node's", err, errdefs.ErrDenied)
 	claim, err := one.ClaimFormat(ctx, id, dek.Claim{Node: "node-1", UUID: dek.NewUUID()})
 	wants(t, "ClaimFormat", err, nil)
