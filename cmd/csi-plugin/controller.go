@@ -45,7 +45,7 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	m := newMeasured("", nil, nil)
-	keys, closeKeys, err := f.keys.open(ctx, log, keyOptions{withoutKeys: true, kms: m.KMS, service: m.keyCall, state: m.watchKeyService})
+	keys, closeKeys, err := f.keys.open(ctx, log, keyOptions{withoutKeys: true, kms: m.KMS, store: m.Store, service: m.keyCall, state: m.watchKeyService})
 	if err != nil {
 		return err
 	}

@@ -90,6 +90,7 @@ type keyOptions struct {
 	// withoutKeys: the key service's answers need no keys in them.
 	withoutKeys bool
 	kms         func(kms.Call)
+	store       keyconfig.Observe
 	service     func(keyclient.Call)
 	state       func(func() string) // gets what tells the key service's client's state
 }
@@ -116,7 +117,7 @@ func (f *keyFlags) open(ctx context.Context, log *slog.Logger, o keyOptions) (al
 
 // openDirect opens KEKs and stores, as one Keyring: direct mode.
 func (f *keyFlags) openDirect(ctx context.Context, log *slog.Logger, o keyOptions) (_ allKeys, closeAll func(), err error) {
-	opened, err := f.direct.Open(ctx, kms.Options{Observe: o.kms}, log)
+	opened, err := f.direct.Open(ctx, keyconfig.Options{KMS: kms.Options{Observe: o.kms}, Store: o.store}, log)
 	if err != nil {
 		return nil, nil, err
 	}

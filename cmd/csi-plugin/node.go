@@ -81,7 +81,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
 	defer cm.Shutdown()
 	m = newMeasured(library, cm.List, cm.Stuck)
-	keyring, closeKeys, err := f.keys.open(ctx, log, keyOptions{kms: m.KMS, service: m.keyCall, state: m.watchKeyService})
+	keyring, closeKeys, err := f.keys.open(ctx, log, keyOptions{kms: m.KMS, store: m.Store, service: m.keyCall, state: m.watchKeyService})
 	if err != nil {
 		return err
 	}

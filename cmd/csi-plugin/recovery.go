@@ -24,7 +24,6 @@ import (
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
 	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/keyservice"
-	"github.com/cryptcsi/cryptcsi/kms"
 )
 
 const (
@@ -169,7 +168,7 @@ func (r *recovery) attempt(ctx context.Context, req *keyservicev1.RecoverRequest
 // fetch returns the DEK by the KMS and store that were given, which are closed
 // again. The caller wipes it.
 func (r *recovery) fetch(ctx context.Context, req *keyservicev1.RecoverRequest) (d dek.DEK, err error) {
-	given, err := r.keys.OpenGiven(ctx, req.GetKmsUris(), req.GetStorageUris(), req.GetFiles(), req.GetRecordAuthSecret(), kms.Options{}, r.opener.log)
+	given, err := r.keys.OpenGiven(ctx, req.GetKmsUris(), req.GetStorageUris(), req.GetFiles(), req.GetRecordAuthSecret(), keyconfig.Options{}, r.opener.log)
 	if err != nil {
 		return dek.DEK{}, err
 	}

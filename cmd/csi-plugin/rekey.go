@@ -15,9 +15,9 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
 	"github.com/cryptcsi/cryptcsi/keyclient"
-	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
@@ -137,7 +137,7 @@ func (f *rekeyFlags) openOld(ctx context.Context, log *slog.Logger) (derive, fun
 			return d.Key, err
 		}, closeService, nil
 	}
-	opened, err := f.from.direct.Open(ctx, kms.Options{}, log)
+	opened, err := f.from.direct.Open(ctx, keyconfig.Options{}, log)
 	if err != nil {
 		return nil, nil, err
 	}

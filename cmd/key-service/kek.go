@@ -209,7 +209,7 @@ func kekRetire(ctx context.Context, c *command) error {
 		return err
 	}
 	// The keyring closes what it is made of, so it gets KEKs of its own.
-	more, err := c.keys.Open(ctx, kms.Options{}, c.log)
+	more, err := c.keys.Open(ctx, keyconfig.Options{}, c.log)
 	if err != nil {
 		return err
 	}

@@ -20,7 +20,6 @@ import (
 	"github.com/cryptcsi/cryptcsi/internal/config"
 	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
-	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
@@ -209,7 +208,7 @@ func (c *command) open(ctx context.Context, least, most int) (*keyconfig.Keys, e
 	if err := secret.Harden(); err != nil {
 		return nil, err
 	}
-	keys, err := c.keys.Open(ctx, kms.Options{}, c.log)
+	keys, err := c.keys.Open(ctx, keyconfig.Options{}, c.log)
 	if err != nil {
 		return nil, err
 	}

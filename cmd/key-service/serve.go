@@ -208,7 +208,7 @@ func (s *service) config(ctx context.Context, c *command) (keyservice.Config, er
 		}
 		return cfg, nil
 	}
-	keys, err := c.keys.Open(ctx, kms.Options{Observe: s.metrics.KMS}, s.log)
+	keys, err := c.keys.Open(ctx, keyconfig.Options{KMS: kms.Options{Observe: s.metrics.KMS}, Store: s.metrics.Store}, s.log)
 	if err != nil {
 		return cfg, err
 	}

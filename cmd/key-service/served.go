@@ -170,7 +170,7 @@ func (h *holder) count(ctx context.Context) (int64, error) {
 // the store, on a record if there is one, and on a record of its own.
 func (s *service) unseal(ctx context.Context, req *keyservicev1.UnsealRequest, flags *keyconfig.Flags) (keyservice.Keys, error) {
 	keys, err := flags.OpenGiven(ctx, req.GetKmsUris(), req.GetStorageUris(), req.GetFiles(), req.GetRecordAuthSecret(),
-		kms.Options{Observe: s.metrics.KMS}, s.log)
+		keyconfig.Options{KMS: kms.Options{Observe: s.metrics.KMS}, Store: s.metrics.Store}, s.log)
 	if err != nil {
 		return nil, err
 	}

@@ -99,10 +99,16 @@ type Keys struct {
 	files      []io.Closer
 }
 
+// Options are what opening takes besides flags. The zero value works.
+type Options struct {
+	KMS   kms.Options
+	Store Observe
+}
+
 // Open opens every KEK and store, without calling a service, and tells log of
 // URIs that should be written otherwise. The error is about anything else;
 // Keys.Err is about them. The caller closes the Keys.
-func (f *Flags) Open(ctx context.Context, o kms.Options, log *slog.Logger) (*Keys, error) {
+func (f *Flags) Open(ctx context.Context, o Options, log *slog.Logger) (*Keys, error) {
 	k := &Keys{grace: f.grace, mux: all.Mux()}
 	if f.recordAuth != "" {
 		s, err := readSecret(f.recordAuth)
@@ -111,16 +117,16 @@ func (f *Flags) Open(ctx context.Context, o kms.Options, log *slog.Logger) (*Key
 		}
 		k.recordAuth = s
 	}
-	if o.Timeout == 0 {
-		o.Timeout = f.kekTimeout
+	if o.KMS.Timeout == 0 {
+		o.KMS.Timeout = f.kekTimeout
 	}
 	f.open(ctx, k, o, log)
 	return k, nil
 }
 
-func (f *Flags) open(ctx context.Context, k *Keys, o kms.Options, log *slog.Logger) {
+func (f *Flags) open(ctx context.Context, k *Keys, o Options, log *slog.Logger) {
 	for _, item := range f.kms {
-		kek := open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o) })
+		kek := open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o.KMS) })
 		if kek.It == nil && kek.Err == nil {
 			kek.Err = errdefs.Errorf(errdefs.ErrInvalid, "%s names no KEK", kek.Name)
 		}
@@ -132,7 +138,8 @@ func (f *Flags) open(ctx context.Context, k *Keys, o kms.Options, log *slog.Logg
 			if err != nil {
 				return nil, err
 			}
-			return Probed(store), nil
+			scheme, _, _ := strings.Cut(uri, ":")
+			return &probedStore{store: store, scheme: scheme, observe: o.Store}, nil
 		})
 		if s.It != nil || s.Err != nil { // storage://no-store is none
 			k.Stores = append(k.Stores, s)
@@ -167,10 +174,10 @@ func (f *Flags) URIs() (kmsURIs, storageURIs []string, recordAuth secret.Bytes, 
 // OpenGiven opens KEKs and stores that somebody gives to a process that runs.
 // Files stand for paths: {0}, {1}, … in the URIs. Files and recordAuth stay
 // the caller's. What the flags say besides (grace, timeout) counts.
-func (f *Flags) OpenGiven(ctx context.Context, kmsURIs, storageURIs []string, files [][]byte, recordAuth []byte, o kms.Options, log *slog.Logger) (*Keys, error) {
+func (f *Flags) OpenGiven(ctx context.Context, kmsURIs, storageURIs []string, files [][]byte, recordAuth []byte, o Options, log *slog.Logger) (*Keys, error) {
 	k := &Keys{grace: f.grace, mux: all.Mux()}
-	if o.Timeout == 0 {
-		o.Timeout = f.kekTimeout
+	if o.KMS.Timeout == 0 {
+		o.KMS.Timeout = f.kekTimeout
 	}
 	var names []string
 	for i, content := range files {

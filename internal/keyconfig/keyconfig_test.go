@@ -5,17 +5,20 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/internal/keyconfig"
-	"github.com/cryptcsi/cryptcsi/kms"
 )
 
 // open opens what args name; log is what was logged.
@@ -29,7 +32,7 @@ func open(t *testing.T, args ...string) (keys *keyconfig.Keys, log string, err e
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	keys, err = f.Open(t.Context(), kms.Options{}, slog.New(slog.NewTextHandler(&out, nil)))
+	keys, err = f.Open(t.Context(), keyconfig.Options{}, slog.New(slog.NewTextHandler(&out, nil)))
 	if err == nil {
 		t.Cleanup(func() { _ = keys.Close() })
 	}
@@ -168,5 +171,41 @@ func TestDeafStore(t *testing.T) {
 	good := keyconfig.Probed(inner)
 	if err := errors.Join(good.Create(t.Context(), "dek-1", []byte("x")), good.Create(t.Context(), "dek-2", []byte("x"))); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestStoreCallsAreObserved: each call once, with the store's scheme and how it
+// ended; looking whether the store keeps conditions is none.
+func TestStoreCallsAreObserved(t *testing.T) {
+	var f keyconfig.Flags
+	flags := flag.NewFlagSet("test", flag.ContinueOnError)
+	f.Add(flags)
+	if err := flags.Parse([]string{"--kms-uri=cluster://" + file(t, strings.Repeat("m", 32)) + "?salt-file=" + file(t, strings.Repeat("s", 32)), "--storage-uri=mem://"}); err != nil {
+		t.Fatal(err)
+	}
+	var seen []string
+	keys, err := f.Open(t.Context(), keyconfig.Options{Store: func(scheme, operation string, _ time.Duration, err error) {
+		seen = append(seen, fmt.Sprintf("%s %s %t", scheme, operation, err == nil))
+	}}, slog.New(slog.DiscardHandler))
+	if err != nil || keys.Err() != nil {
+		t.Fatal(err, keys.Err())
+	}
+	ring, err := keys.Keyring(envelope.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ring.GetDEK(t.Context(), "d/v"); !errors.Is(err, errdefs.ErrNotFound) {
+		t.Fatalf("GetDEK: %v", err)
+	}
+	d, err := ring.CreateDEK(t.Context(), "d/v", dek.Spec{Cipher: dek.CipherXTS})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Wipe()
+	if err := errors.Join(ring.DeleteDEK(t.Context(), "d/v"), ring.Close(), keys.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if len(seen) == 0 || seen[0] != "mem read false" || !slices.Contains(seen, "mem create true") || !slices.Contains(seen, "mem replace true") {
+		t.Errorf("observed: %q", seen)
 	}
 }

@@ -18,12 +18,13 @@ import (
 	"github.com/cryptcsi/cryptcsi/kms"
 )
 
-// Set is one program's metrics: calls served, calls to the KMS, the build, and
+// Set is one program's metrics: calls served, calls to KMS and store, the build, and
 // what the program adds. Its methods may be called concurrently.
 type Set struct {
 	registry *prometheus.Registry
 	rpcs     *prometheus.HistogramVec
 	kms      *prometheus.HistogramVec
+	stores   *prometheus.HistogramVec
 }
 
 // New returns the metrics of a program, with buckets in seconds for what it
@@ -35,8 +36,10 @@ func New(buckets []float64, build map[string]string) *Set {
 			Help: "Calls served, by method and gRPC code.", Buckets: buckets}, []string{"method", "code"}),
 		kms: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cryptcsi_kms_call_seconds",
 			Help: "Calls to the KMS, by scheme, operation and class of error.", Buckets: buckets}, []string{"scheme", "operation", "result"}),
+		stores: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cryptcsi_store_call_seconds",
+			Help: "Calls to the store of records, by scheme, operation and class of error.", Buckets: buckets}, []string{"scheme", "operation", "result"}),
 	}
-	s.Add(s.rpcs, s.kms,
+	s.Add(s.rpcs, s.kms, s.stores,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cryptcsi_build_info", Help: "Always 1.", ConstLabels: build}, func() float64 { return 1 }),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return s
@@ -58,6 +61,11 @@ func (s *Set) RPC(method, code string, took time.Duration) {
 // KMS counts a call to a KMS.
 func (s *Set) KMS(c kms.Call) {
 	s.kms.WithLabelValues(c.Scheme, c.Op, Result(c.Err)).Observe(c.Duration.Seconds())
+}
+
+// Store counts a call to a store of records.
+func (s *Set) Store(scheme, operation string, took time.Duration, err error) {
+	s.stores.WithLabelValues(scheme, operation, Result(err)).Observe(took.Seconds())
 }
 
 // Result names the class of an error, in few enough words for a label.
