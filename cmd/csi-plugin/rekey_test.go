@@ -268,17 +268,20 @@ func (k *takeover) tell(name string, integrity bool) {
 // outsideCSI opens the device by the verb, as an administrator would.
 func (k *takeover) outsideCSI(v *stack.Volume, uuid string, integrity bool) {
 	k.Helper()
-	args := append([]string{"open", "--crypt-worker=" + filepath.Join(k.bin, "crypt-worker"), "--device=" + v.Device(), "--dek-id=" + uuid,
-		"--name=theirs", "--read-only", "--key-service-protocol=constellation"}, k.service("")...)
+	args := append([]string{"open", "--device=" + v.Device(), "--dek-id=" + uuid, "--name=theirs", "--read-only",
+		"--key-service-protocol=constellation"}, k.service("")...)
 	if integrity {
 		args = append(args, "--integrity=hmac-sha256")
 	}
-	var out, errs bytes.Buffer
-	if code := run(k.Context(), args, &out, &errs); code != 0 || out.String() != "/dev/mapper/theirs\n" {
-		k.Errorf("open: %d, %q, %s", code, out.String(), errs.String())
+	plugin := filepath.Join(k.bin, "csi-plugin")
+	var errs bytes.Buffer
+	cmd := exec.CommandContext(k.Context(), plugin, args...)
+	cmd.Stderr = &errs
+	if out, err := cmd.Output(); err != nil || string(out) != "/dev/mapper/theirs\n" {
+		k.Errorf("open: %v, %q, %s", err, out, errs.String())
 	}
-	if code := run(k.Context(), []string{"close", "--crypt-worker=" + filepath.Join(k.bin, "crypt-worker"), "--name=theirs"}, &out, &errs); code != 0 {
-		k.Errorf("close: %d, %s", code, errs.String())
+	if out, err := exec.CommandContext(k.Context(), plugin, "close", "--name=theirs").CombinedOutput(); err != nil {
+		k.Errorf("close: %v, %s", err, out)
 	}
 }
 
