@@ -69,7 +69,6 @@ func addFrom(fs *flag.FlagSet, add func(*flag.FlagSet), names ...string) {
 // check finds what can be found without touching anything.
 func (f *rekeyFlags) check() error {
 	fromKEK, _ := f.from.direct.Given()
-	driverName, volumeID, _ := strings.Cut(f.id, "/")
 	wrong := func(format string, args ...any) error { return usageError("rekey: " + fmt.Sprintf(format, args...)) }
 	switch {
 	case f.device == "":
@@ -81,8 +80,8 @@ func (f *rekeyFlags) check() error {
 	case (f.from.service.address != "") == fromKEK:
 		return wrong("where the old key comes from: give either --from-key-service, or --from-kms-uri")
 	}
-	if _, err := dek.VolumeID(driverName, volumeID); err != nil {
-		return wrong("--dek-id %q: must be <driver name>/<volume ID>: %v", f.id, err)
+	if _, err := mappingOfDEK(f.id); err != nil {
+		return wrong("%v", err)
 	}
 	if f.uuid != "" {
 		if err := dek.CheckUUID(f.uuid); err != nil {
@@ -90,6 +89,15 @@ func (f *rekeyFlags) check() error {
 		}
 	}
 	return f.keys.check("rekey")
+}
+
+// mappingOfDEK is the mapping's name of the CSI volume that a --dek-id names.
+func mappingOfDEK(id string) (string, error) {
+	driverName, volumeID, _ := strings.Cut(id, "/")
+	if _, err := dek.VolumeID(driverName, volumeID); err != nil {
+		return "", fmt.Errorf("--dek-id %q: must be <driver name>/<volume ID>: %w", id, err)
+	}
+	return driver.MappingName(driverName, volumeID), nil
 }
 
 // rekey gives a volume that Constellation made to a DEK of its own.
@@ -165,8 +173,11 @@ func (r *rekeying) run(ctx context.Context) error {
 		return err
 	}
 	defer d.Wipe()
-	driverName, volumeID, _ := strings.Cut(r.id, "/")
-	v := cryptmapper.Volume{Name: driver.MappingName(driverName, volumeID), Device: r.device}
+	name, err := mappingOfDEK(r.id)
+	if err != nil {
+		return err
+	}
+	v := cryptmapper.Volume{Name: name, Device: r.device}
 	if d.State == dek.Prepared {
 		if err := r.prepare(ctx, v, &d); err != nil {
 			return err

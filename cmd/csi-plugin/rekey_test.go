@@ -37,7 +37,9 @@ type takeover struct {
 	secret, salt []byte
 }
 
-func newTakeover(t *testing.T) *takeover {
+// startTakeover starts the node and its key service, csi-plugin with more flags.
+func startTakeover(t *testing.T, pluginArgs ...string) *takeover {
+	t.Helper()
 	bin, err := filepath.Abs("../../bin")
 	if err != nil {
 		t.Fatal(err)
@@ -45,12 +47,10 @@ func newTakeover(t *testing.T) *takeover {
 	kernel.Need(t, "root", "dm-crypt", "dm-integrity", "keyring", "loop", "ext4", "exec:cryptsetup", "exec:mkfs.ext4",
 		"exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "key-service"), "exec:"+filepath.Join(bin, "loopdriver"))
 	kernel.NoLeaks(t)
-	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, KeyService: true,
-		PluginArgs: []string{"--key-service-protocol=constellation"}})
+	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, KeyService: true, PluginArgs: pluginArgs})
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &takeover{T: t, Stack: s, bin: bin}
 	t.Cleanup(func() {
 		if err := s.Stop(); err != nil {
 			t.Error(err)
@@ -59,8 +59,13 @@ func newTakeover(t *testing.T) *takeover {
 			t.Log(s.Logs())
 		}
 	})
-	k.must("restarting the key service", s.StopKeyService(syscall.SIGTERM))
-	k.must("restarting the key service", s.StartKeyService(t.Context(), "--kms-uri="+s.KEK(), "--storage-uri="+s.Store(), "--constellation-api"))
+	return &takeover{T: t, Stack: s, bin: bin}
+}
+
+func newTakeover(t *testing.T) *takeover {
+	k := startTakeover(t, "--key-service-protocol=constellation")
+	k.must("restarting the key service", k.StopKeyService(syscall.SIGTERM))
+	k.must("restarting the key service", k.StartKeyService(t.Context(), "--kms-uri="+k.KEK(), "--storage-uri="+k.Store(), "--constellation-api"))
 	k.secret, k.salt = k.file("master-secret"), k.file("salt")
 	return k
 }

@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/dek"
-	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/internal/logging"
 	"github.com/cryptcsi/cryptcsi/secret"
@@ -42,7 +40,6 @@ func parseRestoreFlags(args []string, stderr io.Writer) (*restoreFlags, error) {
 
 // check finds what can be found without touching anything.
 func (f *restoreFlags) check() error {
-	driverName, volumeID, _ := strings.Cut(f.id, "/")
 	wrong := func(format string, args ...any) error {
 		return usageError("restore-header: " + fmt.Sprintf(format, args...))
 	}
@@ -52,8 +49,8 @@ func (f *restoreFlags) check() error {
 	case f.keys.service.protocol != "":
 		return wrong("--key-service-protocol: only cryptcsi's records hold a header backup")
 	}
-	if _, err := dek.VolumeID(driverName, volumeID); err != nil {
-		return wrong("--dek-id %q: must be <driver name>/<volume ID>: %v", f.id, err)
+	if _, err := mappingOfDEK(f.id); err != nil {
+		return wrong("%v", err)
 	}
 	return f.keys.check("restore-header")
 }
@@ -84,10 +81,13 @@ func restoreHeader(ctx context.Context, args []string, stdout, stderr io.Writer)
 		return err
 	}
 	defer d.Wipe()
+	name, err := mappingOfDEK(f.id)
+	if err != nil {
+		return err
+	}
 	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}})
 	defer cm.Shutdown()
-	driverName, volumeID, _ := strings.Cut(f.id, "/")
-	v := cryptmapper.Volume{Name: driver.MappingName(driverName, volumeID), Device: f.device}
+	v := cryptmapper.Volume{Name: name, Device: f.device}
 	h, restored, err := cm.Restore(ctx, v, d, f.block)
 	switch {
 	case err != nil:

@@ -11,33 +11,13 @@ import (
 	"testing"
 
 	"github.com/cryptcsi/cryptcsi/test/stack"
-	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
 // A volume that was made without a backup gets one when it is staged with
 // --header-backup; its header is destroyed, and made again by the verb, with the
 // key service as well as with KEK and store.
 func TestKernelRestoreHeader(t *testing.T) {
-	bin, err := filepath.Abs("../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	kernel.Need(t, "root", "dm-crypt", "dm-integrity", "keyring", "loop", "ext4", "exec:mkfs.ext4",
-		"exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "key-service"), "exec:"+filepath.Join(bin, "loopdriver"))
-	kernel.NoLeaks(t)
-	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, KeyService: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	k := &takeover{T: t, Stack: s, bin: bin}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-		if t.Failed() {
-			t.Log(s.Logs())
-		}
-	})
+	k := startTakeover(t)
 	for name, integrity := range map[string]string{"plain": "", "protected": "hmac-sha256"} {
 		entries := map[string]string{}
 		if integrity != "" {
