@@ -39,7 +39,12 @@ type Mapping struct {
 	Integrity dek.Integrity // what the layer below authenticates
 	Suspended bool
 
-	// Known from the checked header: set by Open, MarkMade and Resize only.
+	// How far dm-clone has come while the volume hydrates: both 0 where there
+	// is nothing to hydrate.
+	Hydrated, Regions uint64
+	Hydrating         bool // it goes on by itself, see Hydrate
+
+	// Known from the checked header: set by Open, MarkMade, Resize and Finish only.
 	Made   bool
 	Header dek.HeaderID
 }
@@ -57,6 +62,8 @@ type Options struct {
 	// volume's header, in Header.Backup, where its DEK's Header has none or an
 	// older one. Restore takes it.
 	HeaderBackup bool
+	// WithoutClone makes volumes as on a kernel that has no dm-clone.
+	WithoutClone bool
 	// Observe, where not nil, is told of every operation when it ends.
 	Observe func(op Op, name string, err error)
 }
@@ -114,6 +121,21 @@ func (m *Mapper) MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, er
 // where it has that size. ErrInvalid for volumes with integrity.
 func (m *Mapper) Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
 	r, err := m.run(ctx, request(OpResize, v, d), Keys{DEK: d.Key})
+	return r.Mapping, err
+}
+
+// Hydrate lets the open mapping name hydrate in the background, or stops that;
+// what is written hydrates what it covers at any time. It asks the kernel alone
+// and can be repeated. nil where nothing is to hydrate, or nothing is open.
+func (m *Mapper) Hydrate(name string, on bool) error { return hydrate(name, on) }
+
+// Finish takes dm-clone out of the open mapping v once all of it is hydrated,
+// while it is in use, and notes in the header that nothing may ever bring
+// dm-clone back. ErrUnavailable with a percentage while regions are missing. The
+// mapping's Header is what ConfirmDEK is to be told. Where nothing is to hydrate
+// it does nothing but return the mapping.
+func (m *Mapper) Finish(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
+	r, err := m.run(ctx, request(OpFinish, v, d), Keys{DEK: d.Key})
 	return r.Mapping, err
 }
 
@@ -184,7 +206,7 @@ func (m *Mapper) run(ctx context.Context, req Request, keys Keys) (Reply, error)
 	if !m.lock(name) {
 		return Reply{}, errdefs.Errorf(errdefs.ErrConflict, "another operation on mapping %s has not ended", name)
 	}
-	req.LockDir, req.Backup = m.opts.LockDir, m.opts.HeaderBackup
+	req.LockDir, req.Backup, req.WithoutClone = m.opts.LockDir, m.opts.HeaderBackup, m.opts.WithoutClone
 	req.Deadline, _ = ctx.Deadline()
 	reply, err := m.pool.do(ctx, req, keys, func() { m.unlock(name) })
 	if err == nil {

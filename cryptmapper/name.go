@@ -10,6 +10,26 @@ import (
 // layer below it the kernel still takes it.
 const maxName = 100
 
+// The layers of a volume with the layout dek.LayoutClone, below the mapping
+// itself, which is linear. All but the first are there only while it hydrates.
+// dm-integrity's is IntegrityName(CryptName(name)).
+const layerPrefix = "_csi-"
+
+// CryptName returns the name of the dm-crypt layer.
+func CryptName(name string) string { return name + layerPrefix + "crypt" }
+
+// MetaName returns the name of the area with dm-clone's metadata.
+func MetaName(name string) string { return name + layerPrefix + "meta" }
+
+// DataName returns the name of what dm-clone writes to.
+func DataName(name string) string { return name + layerPrefix + "data" }
+
+// ZeroName returns the name of what dm-clone reads what was never written from.
+func ZeroName(name string) string { return name + layerPrefix + "zero" }
+
+// CloneName returns the name of the dm-clone layer.
+func CloneName(name string) string { return name + layerPrefix + "clone" }
+
 // CheckName says whether a mapping may be called that: 1 to 100 of the
 // characters that no program has to escape, and no name that device-mapper or
 // libcryptsetup use themselves. ErrInvalid if not. Names that start with Prefix
@@ -23,6 +43,8 @@ func CheckName(name string) error {
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %.100q: must have 1 to %d bytes", name, maxName)
 	case strings.ContainsFunc(name, other) || name[0] == '.' || name[0] == '-':
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: only letters, digits and -_.+ are allowed, and neither - nor . at the start", name)
+	case strings.HasSuffix(strings.TrimRight(name, "abcdefghijklmnopqrstuvwxyz"), layerPrefix):
+		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: the layers below a mapping have such names", name)
 	case name == "control" || name == Prefix || strings.HasSuffix(name, integritySuffix) || strings.HasPrefix(name, TemporaryPrefix):
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: device-mapper or libcryptsetup uses such names itself", name)
 	}

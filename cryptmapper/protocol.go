@@ -33,6 +33,7 @@ const (
 	OpOpen     Op = "open"
 	OpMarkMade Op = "mark-made"
 	OpResize   Op = "resize"
+	OpFinish   Op = "finish"
 	OpClose    Op = "close"
 	OpPeek     Op = "peek"
 	OpRekey    Op = "rekey"
@@ -55,6 +56,8 @@ type Request struct {
 	Backup bool
 	// BlockVolume tells Restore that there is no filesystem to look for.
 	BlockVolume bool
+	// WithoutClone makes Open behave as on a kernel that has no dm-clone.
+	WithoutClone bool
 }
 
 // Keys are the keys of a request. Who made them wipes them.

@@ -112,6 +112,11 @@ type Spec struct {
 // answers with it.
 const LayoutConstellation = "constellation"
 
+// LayoutClone is a volume with integrity behind whose end, on the authenticated
+// device, lies an area for dm-clone's metadata: sectors without a tag read as
+// zeros from the start, and get their tags while the volume is in use.
+const LayoutClone = "clone"
+
 // CipherXTS is AES-256 in XTS mode (a 512-bit volume key), dm-crypt's default.
 const CipherXTS = "aes-xts-plain64"
 
@@ -122,8 +127,10 @@ func (s Spec) Validate() error {
 		return fmt.Errorf("cipher %q: only %s is offered", s.Cipher, CipherXTS)
 	case s.Integrity != IntegrityNone && s.Integrity != IntegrityHMAC:
 		return fmt.Errorf("integrity %q: must be empty or %s", s.Integrity, IntegrityHMAC)
-	case s.Layout != "":
+	case s.Layout != "" && s.Layout != LayoutClone:
 		return fmt.Errorf("layout %q is not known", s.Layout)
+	case s.Layout == LayoutClone && s.Integrity == IntegrityNone:
+		return fmt.Errorf("layout %q is for volumes with integrity", s.Layout)
 	case len(s.Name) > maxID:
 		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxID)
 	}

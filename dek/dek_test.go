@@ -72,6 +72,7 @@ func TestSpecValidate(t *testing.T) {
 	for _, good := range []dek.Spec{
 		{Cipher: dek.CipherXTS},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Name: "pvc-1"},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
 	} {
 		if err := good.Validate(); err != nil {
 			t.Errorf("%+v: %v", good, err)
@@ -81,7 +82,8 @@ func TestSpecValidate(t *testing.T) {
 		{},
 		{Cipher: "cipher_null-ecb"},
 		{Cipher: dek.CipherXTS, Integrity: "crc32c"},
-		{Cipher: dek.CipherXTS, Layout: "clone"},
+		{Cipher: dek.CipherXTS, Layout: dek.LayoutClone},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: "thin"},
 		{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation},
 		{Cipher: dek.CipherXTS, Name: strings.Repeat("n", 300)},
 	} {

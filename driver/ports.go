@@ -67,6 +67,11 @@ type Mapping struct {
 	Integrity dek.Integrity // what the layer below authenticates
 	Suspended bool
 
+	// How far a volume that came up at once has got its tags; both 0 where
+	// there is nothing to hydrate.
+	Hydrated, Regions uint64
+	Hydrating         bool // it goes on by itself
+
 	// Known from the checked header, so set by Open, MarkMade and Resize only.
 	Made   bool         // the filesystem (or the raw volume) was finished once
 	Header dek.HeaderID // which header, and its sequence number

@@ -196,34 +196,83 @@ func MakeNode(name string, n Number) error {
 	return nil
 }
 
-// Load gives a mapping a new, still inactive table of one target.
-func Load(name string, t Target, readOnly bool) error {
+// Create makes a mapping without a table and returns its number. EBUSY where
+// the name or the UUID is there already.
+func Create(name, uuid string) (Number, error) {
+	h, err := header(name)
+	if err != nil {
+		return Number{}, err
+	}
+	copy(h.Uuid[:len(h.Uuid)-1], uuid)
+	out, _, err := call(unix.DM_DEV_CREATE, h, nil, 0)
+	if err != nil {
+		return Number{}, fmt.Errorf("making mapping %s: %w", name, err)
+	}
+	return NumberOf(out.Dev), nil
+}
+
+// Message sends a message to the first target of a mapping.
+func Message(name, text string) error {
 	h, err := header(name)
 	if err != nil {
 		return err
 	}
-	h.Target_count = 1
+	// struct dm_target_msg: the sector, and the text.
+	payload := append(make([]byte, 8), text...)
+	if _, _, err := call(unix.DM_TARGET_MSG, h, append(payload, 0), 0); err != nil {
+		return fmt.Errorf("message %q to mapping %s: %w", text, name, err)
+	}
+	return nil
+}
+
+// Load gives a mapping a new, still inactive table.
+func Load(name string, table []Target, readOnly bool) error {
+	h, err := header(name)
+	if err != nil {
+		return err
+	}
+	h.Target_count = uint32(len(table))
 	h.Flags = unix.DM_SECURE_DATA_FLAG
 	if readOnly {
 		h.Flags |= unix.DM_READONLY_FLAG
 	}
-	spec := unix.DmTargetSpec{Sector_start: t.Start, Length: t.Length}
-	copy(spec.Target_type[:len(spec.Target_type)-1], t.Type)
-	params := append([]byte(t.Params), 0)
-	data := make([]byte, unix.SizeofDmTargetSpec, unix.SizeofDmTargetSpec+len(params)+8)
-	*(*unix.DmTargetSpec)(unsafe.Pointer(&data[0])) = spec
-	data = append(data, params...)
+	var data []byte
+	for _, t := range table {
+		data = append(data, encode(t)...)
+	}
 	if _, _, err := call(unix.DM_TABLE_LOAD, h, data, 0); err != nil {
 		return fmt.Errorf("loading a table into mapping %s: %w", name, err)
 	}
 	return nil
 }
 
+// encode returns a target as the kernel takes it, padded to eight bytes.
+func encode(t Target) []byte {
+	size := (unix.SizeofDmTargetSpec + len(t.Params) + 1 + 7) &^ 7
+	spec := unix.DmTargetSpec{Sector_start: t.Start, Length: t.Length, Next: uint32(size)}
+	copy(spec.Target_type[:len(spec.Target_type)-1], t.Type)
+	data := make([]byte, size)
+	*(*unix.DmTargetSpec)(unsafe.Pointer(&data[0])) = spec
+	copy(data[unix.SizeofDmTargetSpec:], t.Params)
+	return data
+}
+
 // Suspend stops I/O to a mapping, letting what is under way finish.
 func Suspend(name string) error { return suspend(name, unix.DM_SUSPEND_FLAG|unix.DM_SKIP_LOCKFS_FLAG) }
 
-// Resume makes a loaded table the active one, or lets I/O go on.
-func Resume(name string) error { return suspend(name, 0) }
+// Resume makes a loaded table the active one, or lets I/O go on. A mapping that
+// is live need not be suspended for that: the kernel does it within the one
+// call, so that no death of the caller leaves it suspended. Host rules for LVM,
+// md and multipath are told to stay away.
+func Resume(name string) error {
+	return suspend(name, unix.DM_SKIP_LOCKFS_FLAG)
+}
+
+// private stands in the upper half of the number that the kernel hands to udev:
+// DM_UDEV_DISABLE_SUBSYSTEM_RULES, _DISK_RULES and _OTHER_RULES, and
+// DM_UDEV_PRIMARY_SOURCE, which makes them count. In the lower half would be the
+// semaphore that somebody waits at; nobody does.
+const private = (0x0002 | 0x0004 | 0x0008 | 0x0040) << 16
 
 func suspend(name string, flags uint32) error {
 	h, err := header(name)
@@ -231,6 +280,7 @@ func suspend(name string, flags uint32) error {
 		return err
 	}
 	h.Flags = flags
+	h.Event_nr = private
 	if _, _, err := call(unix.DM_DEV_SUSPEND, h, nil, 0); err != nil {
 		return fmt.Errorf("suspending or resuming mapping %s: %w", name, err)
 	}

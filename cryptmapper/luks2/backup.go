@@ -128,11 +128,15 @@ func backupCipher(key secret.Bytes) (cipher.AEAD, error) {
 
 // Token returns the token of the header that is made from b: that of a finished
 // volume.
-func (b Backup) Token(id dek.ID, sequence uint64) Token {
-	t := NewToken(id)
+func (b Backup) Token(want Want, sequence uint64) Token {
+	t := NewToken(want.ID)
+	t.Version = TokenVersion(want.Spec)
 	t.Sequence, t.Made, t.Size, t.Integrity = sequence, true, b.Size, b.Integrity
 	if b.Integrity != nil {
 		t.Initialised = b.Size
+	}
+	if want.Spec.Layout == dek.LayoutClone {
+		t.Reserved = b.Integrity.Sectors*512 - b.Size
 	}
 	return t
 }

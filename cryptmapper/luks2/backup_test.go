@@ -55,7 +55,7 @@ func TestBackupVector(t *testing.T) {
 		!bytes.Equal(b.VolumeKey.Expose(), countUp(96)) {
 		t.Errorf("it holds %+v", b)
 	}
-	token := b.Token(id, 9)
+	token := b.Token(protected(), 9)
 	if !token.Made || token.Initialised != token.Size || token.Size != b.Size || token.Sequence != 9 || token.DEKID != string(id) {
 		t.Errorf("the token is %+v", token)
 	}

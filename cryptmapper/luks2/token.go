@@ -18,8 +18,20 @@ import (
 // TokenType is the type of our LUKS2 token.
 const TokenType = "cryptcsi"
 
-// tokenVersion is the version of Token and of the MAC's input.
-const tokenVersion = 1
+// tokenVersion is the version of Token, and cloneVersion that of volumes with
+// the layout dek.LayoutClone. The MAC's input is the same.
+const (
+	tokenVersion = 1
+	cloneVersion = 2
+)
+
+// TokenVersion returns the version of the token of a volume with that spec.
+func TokenVersion(spec dek.Spec) int {
+	if spec.Layout == dek.LayoutClone {
+		return cloneVersion
+	}
+	return tokenVersion
+}
 
 // Token is what a volume's header says about the volume beyond what LUKS2 has
 // fields for. It is authenticated together with the whole header by MAC.
@@ -42,11 +54,24 @@ type Token struct {
 	// Initialised bytes from the start of an integrity volume: beyond them
 	// sectors may have no tags yet and fail to read. Equal to Size when done.
 	Initialised int64 `json:"initialised,omitempty"`
+	// Reserved bytes behind Size, of a volume with the layout clone: they hold
+	// dm-clone's metadata while Hydration is there. The volume never shows them.
+	Reserved int64 `json:"reserved,omitempty"`
+	// Hydration tells, of a volume with the layout clone, that dm-clone stands
+	// in front of what is not initialised; nil when there is nothing left to
+	// do, or the volume is being wiped instead.
+	Hydration *Hydration `json:"hydration,omitempty"`
 	// Integrity holds the dm-integrity geometry, which the unauthenticated
 	// superblock on the disk must agree with.
 	Integrity *Geometry `json:"integrity,omitempty"`
 	// MAC is the base64 of HMAC-SHA-256 over the header, see sum.
 	MAC string `json:"mac"`
+}
+
+// Hydration is what dm-clone is loaded with.
+type Hydration struct {
+	Start  int64 `json:"start"`  // the first byte behind it, equal to Token.Initialised
+	Region int   `json:"region"` // bytes that it copies at once
 }
 
 // Geometry of a dm-integrity layer, as its table and status show it.

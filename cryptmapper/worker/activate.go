@@ -95,7 +95,7 @@ func (o *operation) makeReadOnly(d *luks, h *luks2.Header) error {
 	if err != nil || len(table) != 1 {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "table of mapping %s: %w", name, err)
 	}
-	if err := dm.Load(name, table[0], true); err != nil {
+	if err := dm.Load(name, table, true); err != nil {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
 	}
 	if err := dm.Suspend(name); err != nil {

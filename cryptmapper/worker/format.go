@@ -58,6 +58,7 @@ func (o *operation) format(dev *device) (*luks2.Header, error) {
 		integrity, keySize = "hmac(sha256)", 96
 	}
 	token := luks2.NewToken(o.ID)
+	token.Version = luks2.TokenVersion(o.Spec)
 	if integrity == "" {
 		sector := int64(o.sectorSize(dev))
 		token.Size = (dev.size - luks2.DataOffset) / sector * sector

@@ -150,7 +150,7 @@ func (o *operation) underKey(dev *device, b luks2.Backup) (*luks2.Header, error)
 	}
 	// The record's word, not the backup's: an older header is made as the one
 	// that was confirmed.
-	if err := d.setToken(b.Token(o.ID, max(1, o.Header.Sequence)).Unsealed()); err != nil {
+	if err := d.setToken(b.Token(o.want(dev), max(1, o.Header.Sequence)).Unsealed()); err != nil {
 		return nil, classify(err, "adding the token")
 	}
 	h, err := luks2.Seal(file, o.want(dev), o.key)
