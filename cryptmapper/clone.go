@@ -2,6 +2,10 @@ package cryptmapper
 
 import (
 	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -51,5 +55,124 @@ func hydrate(name string, on bool) error {
 	if err != nil && !errors.Is(err, dm.ErrNotFound) {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 	}
+	return nil
+}
+
+// Line is one line of a linear mapping's table, in sectors of 512 bytes.
+type Line struct {
+	Start, Length int64
+	Device        dm.Number
+	Offset        int64
+}
+
+// CloneTable is a dm-clone mapping, what it is made of, and its status.
+type CloneTable struct {
+	Info              dm.Info
+	Length            int64 // sectors
+	Meta, Data        Line  // the linear mappings of its metadata and of what it writes to
+	Region            int64 // sectors
+	Hydrated, Regions uint64
+	Hydrating         bool
+	// Sound is false where the kernel has given up writing the metadata.
+	Sound bool
+}
+
+// ReadLines reads the table of a linear mapping; nil for any other.
+func ReadLines(name string) ([]Line, error) {
+	table, err := dm.Table(name)
+	if err != nil {
+		return nil, err
+	}
+	var lines []Line
+	for _, t := range table {
+		if t.Type != "linear" {
+			return nil, nil
+		}
+		l := Line{Start: int64(t.Start), Length: int64(t.Length)}
+		device, offset, _ := strings.Cut(t.Params, " ")
+		if l.Device, err = dm.ParseNumber(device); err == nil {
+			l.Offset, err = strconv.ParseInt(offset, 10, 64)
+		}
+		if err != nil {
+			return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s has the table %q: %w", name, t.Params, err)
+		}
+		lines = append(lines, l)
+	}
+	return lines, nil
+}
+
+// ReadClone reads the dm-clone layer below a mapping, nil where there is none.
+func ReadClone(name string) (*CloneTable, error) {
+	info, err := dm.Status(CloneName(name))
+	if errors.Is(err, dm.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	line, err := oneTarget(CloneName(name), "clone")
+	if err != nil {
+		return nil, err
+	}
+	c := &CloneTable{Info: info, Length: int64(line.Length)}
+	if err := c.parts(name, line.Params); err != nil {
+		return nil, err
+	}
+	status, err := dm.TargetStatus(CloneName(name))
+	if err != nil {
+		return nil, err
+	}
+	if len(status) != 1 {
+		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s has no status", CloneName(name))
+	}
+	return c, c.parse(status[0].Params)
+}
+
+// parts reads "<metadata> <destination> <source> …" and what these are.
+func (c *CloneTable) parts(name, params string) error {
+	fields := strings.Fields(params)
+	if len(fields) < 4 {
+		return errdefs.Errorf(errdefs.ErrState, "mapping %s has the table %q", CloneName(name), params)
+	}
+	for i, layer := range []string{MetaName(name), DataName(name), ZeroName(name)} {
+		info, err := dm.Status(layer)
+		if err != nil {
+			return errdefs.Errorf(errdefs.ErrState, "%w: %s", err, layer)
+		}
+		if fields[i] != info.Number.String() {
+			return errdefs.Errorf(errdefs.ErrState, "mapping %s lies on %s and not on %s", CloneName(name), fields[i], layer)
+		}
+	}
+	if _, err := oneTarget(ZeroName(name), "zero"); err != nil {
+		return err
+	}
+	for layer, into := range map[string]*Line{MetaName(name): &c.Meta, DataName(name): &c.Data} {
+		lines, err := ReadLines(layer)
+		if err != nil {
+			return err
+		}
+		if len(lines) != 1 {
+			return errdefs.Errorf(errdefs.ErrState, "mapping %s is not one linear line", layer)
+		}
+		*into = lines[0]
+	}
+	return nil
+}
+
+// parse reads a status, "<metadata block size> <used>/<total blocks> <region
+// size> <hydrated>/<total regions> <hydrating now> <n> <feature>… <n> <core
+// argument>… <mode>". One that has failed says "Fail" and nothing else.
+func (c *CloneTable) parse(status string) error {
+	if status == "Fail" {
+		return nil
+	}
+	var block, used, total, now int64
+	_, err := fmt.Sscanf(status, "%d %d/%d %d %d/%d %d", &block, &used, &total, &c.Region, &c.Hydrated, &c.Regions, &now)
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrState, "mapping %s has the status %q: %w", c.Info.Name, status, err)
+	}
+	words := strings.Fields(status)
+	c.Sound = words[len(words)-1] == "rw"
+	c.Hydrating = !slices.Contains(words, "no_hydration")
 	return nil
 }

@@ -29,8 +29,11 @@ func IntegrityName(name string) string { return name + integritySuffix }
 // Stack is a mapping and what lies below it, as the kernel's tables show it.
 type Stack struct {
 	Top       dm.Info
+	Lines     []Line  // of a linear mapping over the dm-crypt one; nil where Top is that
+	Lower     dm.Info // the dm-crypt mapping
 	Crypt     CryptTable
 	Integrity *IntegrityTable // nil without such a layer
+	Clone     *CloneTable     // nil without such a layer
 }
 
 // CryptTable is a dm-crypt table line. Sectors have 512 bytes.
@@ -65,6 +68,32 @@ func ReadStack(name string) (Stack, error) {
 	var s Stack
 	var err error
 	if s.Top, err = dm.Status(name); err != nil {
+		return s, err
+	}
+	lower := name
+	if s.Lines, err = ReadLines(name); err != nil {
+		return s, err
+	}
+	if s.Lines != nil {
+		lower = CryptName(name)
+		if s.Clone, err = ReadClone(name); err != nil {
+			return s, err
+		}
+	}
+	below, err := ReadLower(lower)
+	if s.Lines != nil && errors.Is(err, dm.ErrNotFound) {
+		return s, errdefs.Errorf(errdefs.ErrState, "mapping %s is linear and not over %s: it was not made by cryptcsi", name, lower)
+	}
+	s.Lower, s.Crypt, s.Integrity = below.Lower, below.Crypt, below.Integrity
+	return s, err
+}
+
+// ReadLower reads a dm-crypt mapping and the dm-integrity one below it. There is
+// no Top in what it returns.
+func ReadLower(name string) (Stack, error) {
+	var s Stack
+	var err error
+	if s.Lower, err = dm.Status(name); err != nil {
 		return s, err
 	}
 	line, err := oneTarget(name, "crypt")
@@ -185,10 +214,14 @@ func (s Stack) Mapping() Mapping {
 		Path:      dm.Path(s.Top.Name),
 		Number:    s.Top.Number.String(),
 		Backing:   s.Crypt.Device.String(),
-		Size:      s.Crypt.Length * 512,
+		Size:      s.Size(),
 		ReadOnly:  s.Top.ReadOnly,
 		Cipher:    s.Crypt.Cipher,
-		Suspended: s.Top.Suspended,
+		Suspended: s.Top.Suspended || s.Lower.Suspended,
+	}
+	if c := s.Clone; c != nil {
+		m.Hydrated, m.Regions, m.Hydrating = c.Hydrated, c.Regions, c.Hydrating
+		m.Suspended = m.Suspended || c.Info.Suspended
 	}
 	if s.Integrity != nil {
 		m.Integrity = dek.IntegrityHMAC
@@ -196,6 +229,18 @@ func (s Stack) Mapping() Mapping {
 		m.Suspended = m.Suspended || s.Integrity.Info.Suspended
 	}
 	return m
+}
+
+// Size returns the length of the top mapping in bytes.
+func (s Stack) Size() int64 {
+	if s.Lines == nil {
+		return s.Crypt.Length * 512
+	}
+	var n int64
+	for _, l := range s.Lines {
+		n += l.Length * 512
+	}
+	return n
 }
 
 // Bottom returns the raw device that the stack sits on.
@@ -215,7 +260,7 @@ func list() ([]Mapping, error) {
 	}
 	var ours []Mapping
 	for _, m := range all {
-		if !strings.HasPrefix(m.Name, Prefix) || strings.HasSuffix(m.Name, integritySuffix) {
+		if !strings.HasPrefix(m.Name, Prefix) || isLayer(m.Name) {
 			continue
 		}
 		s, err := ReadStack(m.Name)

@@ -1,6 +1,7 @@
 package cryptmapper
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -30,6 +31,20 @@ func ZeroName(name string) string { return name + layerPrefix + "zero" }
 // CloneName returns the name of the dm-clone layer.
 func CloneName(name string) string { return name + layerPrefix + "clone" }
 
+// Layers returns the names of all layers that can be below a mapping, each
+// before what it lies on.
+func Layers(name string) []string {
+	return []string{
+		CloneName(name), DataName(name), MetaName(name), ZeroName(name),
+		CryptName(name), IntegrityName(CryptName(name)), IntegrityName(name),
+	}
+}
+
+// isLayer tells whether a name is that of a layer below a mapping.
+func isLayer(name string) bool {
+	return slices.ContainsFunc(Layers(""), func(suffix string) bool { return strings.HasSuffix(name, suffix) })
+}
+
 // CheckName says whether a mapping may be called that: 1 to 100 of the
 // characters that no program has to escape, and no name that device-mapper or
 // libcryptsetup use themselves. ErrInvalid if not. Names that start with Prefix
@@ -43,9 +58,9 @@ func CheckName(name string) error {
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %.100q: must have 1 to %d bytes", name, maxName)
 	case strings.ContainsFunc(name, other) || name[0] == '.' || name[0] == '-':
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: only letters, digits and -_.+ are allowed, and neither - nor . at the start", name)
-	case strings.HasSuffix(strings.TrimRight(name, "abcdefghijklmnopqrstuvwxyz"), layerPrefix):
+	case isLayer(name):
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: the layers below a mapping have such names", name)
-	case name == "control" || name == Prefix || strings.HasSuffix(name, integritySuffix) || strings.HasPrefix(name, TemporaryPrefix):
+	case name == "control" || name == Prefix || strings.HasPrefix(name, TemporaryPrefix):
 		return errdefs.Errorf(errdefs.ErrInvalid, "mapping name %q: device-mapper or libcryptsetup uses such names itself", name)
 	}
 	return nil

@@ -2,6 +2,7 @@ package luks2
 
 import (
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -303,10 +304,11 @@ func (w Want) token(t *Token) form {
 		return nil
 	}
 	const most = 1<<63 - 1
+	want := int64(TokenVersion(w.Spec))
 	var version, sequence int64
 	fields := []field{
 		must("type", text(TokenType)),
-		must("version", number(tokenVersion, tokenVersion, &version)),
+		must("version", number(want, want, &version)),
 		must("dek_id", id),
 		must("keyslots", list(text("0"))),
 		must("sequence", number(1, most, &sequence)),
@@ -318,6 +320,9 @@ func (w Want) token(t *Token) form {
 	if w.Spec.Integrity == dek.IntegrityHMAC {
 		fields = append(fields, may("initialised", number(1, most, &t.Initialised)), may("integrity", geometry(&g)))
 	}
+	if w.Spec.Layout == dek.LayoutClone {
+		fields = append(fields, may("reserved", number(1, most, &t.Reserved)), may("hydration", hydration(&t.Hydration)))
+	}
 	return func(path string, v *value) error {
 		if err := object(fields...)(path, v); err != nil {
 			return err
@@ -327,7 +332,47 @@ func (w Want) token(t *Token) form {
 		if t.Initialised > t.Size {
 			return fmt.Errorf("%s says that %d of %d bytes were initialised", path, t.Initialised, t.Size)
 		}
+		if w.Spec.Layout == dek.LayoutClone {
+			if err := t.sound(); err != nil {
+				return fmt.Errorf("%s: %w", path, err)
+			}
+		}
 		return nil
+	}
+}
+
+// sound says how the parts of a token with the layout clone disagree, if they do.
+func (t *Token) sound() error {
+	switch h := t.Hydration; {
+	case t.Integrity == nil && (t.Made || t.Size != 0 || t.Reserved != 0 || h != nil):
+		return errors.New("there is no integrity geometry to a volume that has a size")
+	case t.Integrity == nil:
+		return nil
+	case t.Size == 0 || t.Reserved == 0 || t.Size%4096 != 0 || t.Size+t.Reserved != t.Integrity.Sectors*512:
+		return fmt.Errorf("size %d and reserved %d do not make up the %d sectors of the integrity layer", t.Size, t.Reserved, t.Integrity.Sectors)
+	case h == nil && t.Made && t.Initialised != t.Size:
+		return fmt.Errorf("a volume that is made has %d of %d bytes initialised and nothing hydrates it", t.Initialised, t.Size)
+	case h != nil && (h.Start != t.Initialised || h.Start%4096 != 0 || h.Start == t.Size):
+		return fmt.Errorf("hydration starts at %d, and %d of %d bytes were initialised", h.Start, t.Initialised, t.Size)
+	}
+	return nil
+}
+
+// hydration is the form of what dm-clone is loaded with.
+func hydration(into **Hydration) form {
+	return func(path string, v *value) error {
+		var h Hydration
+		var region int64
+		err := object(
+			must("start", number(0, 1<<62, &h.Start)),
+			must("region", number(4<<10, 64<<10, &region)),
+		)(path, v)
+		if err == nil && region&(region-1) != 0 {
+			err = fmt.Errorf("%s.region is %d and must be a power of two", path, region)
+		}
+		h.Region = int(region)
+		*into = &h
+		return err
 	}
 }
 

@@ -112,6 +112,10 @@ func (c *Copy) findToken() (Token, error) {
 		return t, errors.New("tokens is missing")
 	}
 	anyone := Want{Spec: dek.Spec{Integrity: dek.IntegrityHMAC}}
+	if object(must("0", anyone.token(&t)))("tokens", tokens) == nil {
+		return t, nil
+	}
+	t, anyone.Spec.Layout = Token{}, dek.LayoutClone
 	return t, object(must("0", anyone.token(&t)))("tokens", tokens)
 }
 

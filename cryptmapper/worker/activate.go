@@ -3,6 +3,7 @@ package worker
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -34,18 +35,19 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	if o.Volume.ReadOnly && !integrity {
 		flags |= flagReadOnly
 	}
-	if err := d.activate(o.Volume.Name, o.key, flags); err != nil {
+	name := o.lower()
+	if err := d.activate(name, o.key, flags); err != nil {
 		return classify(err, fmt.Sprintf("opening device %s", dev.number))
 	}
 	o.step("mapping activated")
-	info, err := dm.Status(o.Volume.Name)
+	info, err := dm.Status(name)
 	if err != nil {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 	}
-	if err := dm.MakeNode(o.Volume.Name, info.Number); err != nil {
+	if err := dm.MakeNode(name, info.Number); err != nil {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 	}
-	if o.Volume.ReadOnly && integrity {
+	if o.Volume.ReadOnly && integrity && !o.cloned() {
 		return o.makeReadOnly(d, h)
 	}
 	return nil
@@ -211,7 +213,11 @@ func (o *operation) openedHeader(l *lock, dev *device) (*luks2.Header, error) {
 	if !up {
 		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is not open on device %s", o.Volume.Name, dev.number)
 	}
-	return found.Header, o.verify(dev, found.Header)
+	h, err := o.settle(dev, found.Header)
+	if err != nil {
+		return nil, err
+	}
+	return h, o.verify(dev, h)
 }
 
 // close is Mapper.Close.
@@ -250,9 +256,11 @@ func (o *operation) clearRemains(dev *device) error {
 	return o.remove(name)
 }
 
-// resumeAll resumes a mapping and its lower layer, the lower one first.
+// resumeAll resumes a mapping and its layers, the lowest first.
 func resumeAll(name string) error {
-	for _, n := range []string{cryptmapper.IntegrityName(name), name} {
+	all := append([]string{name}, cryptmapper.Layers(name)...)
+	slices.Reverse(all)
+	for _, n := range all {
 		info, err := dm.Status(n)
 		if err != nil || !info.Suspended {
 			continue
@@ -264,9 +272,17 @@ func resumeAll(name string) error {
 	return nil
 }
 
-// remove takes a mapping and the layer below it away.
+// remove takes a mapping and the layers below it away.
 func (o *operation) remove(name string) error {
-	for _, n := range []string{name, cryptmapper.IntegrityName(name)} {
+	return o.removeAll(append([]string{name}, cryptmapper.Layers(name)...)...)
+}
+
+// removeAll removes those of the mappings that are there, in their order.
+func (o *operation) removeAll(names ...string) error {
+	for _, n := range names {
+		if _, err := dm.Status(n); errors.Is(err, dm.ErrNotFound) {
+			continue
+		}
 		if err := removeOne(n); err != nil {
 			return err
 		}

@@ -42,8 +42,13 @@ func (o *operation) sectorSize(dev *device) int {
 // format makes a new header in memory and then writes it to the device.
 // Until Header.Write begins, the device's first 16 MiB are untouched.
 func (o *operation) format(dev *device) (*luks2.Header, error) {
-	if dev.size < minimumSize {
-		return nil, errdefs.Errorf(errdefs.ErrInvalid, "device %s has %d bytes: an encrypted volume needs at least %d", dev.number, dev.size, minimumSize)
+	least := int64(minimumSize)
+	if o.cloned() {
+		_, reserved := cryptmapper.CloneArea(minimumSize)
+		least += reserved
+	}
+	if dev.size < least {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "device %s has %d bytes: such an encrypted volume needs at least %d", dev.number, dev.size, least)
 	}
 	file, err := memory("new-header")
 	if err != nil {
@@ -104,34 +109,26 @@ func (o *operation) update(dev *device, h *luks2.Header, change func(*luks2.Toke
 // tags, without the journal, which would double the work. It notes in the
 // token how far it came; given up at the deadline, it goes on there next time.
 func (o *operation) initialise(l *lock, dev *device, h *luks2.Header) (*luks2.Header, error) {
-	name := o.Volume.Name
 	if err := o.activate(l, dev, h, flagNoJournal); err != nil {
 		return nil, err
 	}
-	defer func() { _ = o.remove(name) }()
-	s, err := cryptmapper.ReadStack(name)
+	defer func() { _ = o.remove(o.Volume.Name) }()
+	h, err := o.plan(dev, h, false)
 	if err != nil {
 		return nil, err
 	}
-	if s.Integrity == nil {
-		return nil, errdefs.Errorf(errdefs.ErrState, "device %s has no integrity layer, its record asks for one", dev.number)
-	}
-	g, size := geometry(s.Integrity), s.Crypt.Length*512
-	if h.Token.Integrity == nil {
-		h, err = o.update(dev, h, func(t *luks2.Token) { t.Integrity, t.Size = &g, size })
-		if err != nil {
+	if o.cloned() && h.Token.Initialised == 0 {
+		if err := o.zeroArea(h.Token); err != nil {
 			return nil, err
 		}
 	}
-	if *h.Token.Integrity != g || h.Token.Size != size {
-		return nil, errdefs.Errorf(errdefs.ErrState, "the dm-integrity superblock of device %s was changed: it says %+v, the header %+v", dev.number, g, *h.Token.Integrity)
-	}
+	size := h.Token.Size
 	// Small enough at first for the slowest device to finish one within a
 	// deadline, larger as long as they are quick.
 	for chunk := int64(8 << 20); h.Token.Initialised < size; {
 		began := time.Now()
 		done := min(h.Token.Initialised+chunk, size)
-		if err := wipe(dm.Path(name), h.Token.Initialised, done-h.Token.Initialised); err != nil {
+		if err := wipe(dm.Path(o.lower()), h.Token.Initialised, done-h.Token.Initialised); err != nil {
 			return nil, err
 		}
 		o.step("chunk initialised")

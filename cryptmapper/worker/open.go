@@ -52,6 +52,11 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 	if err != nil {
 		return nil, err
 	}
+	if up {
+		if h, err = o.settle(dev, h); err != nil {
+			return nil, err
+		}
+	}
 	// A try that was cut short may have left a mapping on the way to what it
 	// must be, for example one without a journal.
 	if up && !h.Token.Made && o.verify(dev, h) != nil {
@@ -60,13 +65,8 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 		}
 		up = false
 	}
-	if !o.initialised(h) {
-		if h, err = o.initialise(l, dev, h); err != nil {
-			return nil, err
-		}
-	}
 	if !up {
-		if err := o.activate(l, dev, h, 0); err != nil {
+		if h, err = o.raise(l, dev, h); err != nil {
 			return nil, err
 		}
 	}
@@ -77,6 +77,20 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 		return nil, err
 	}
 	return h, nil
+}
+
+// raise makes the mapping, which is not there.
+func (o *operation) raise(l *lock, dev *device, h *luks2.Header) (*luks2.Header, error) {
+	if o.cloned() {
+		return o.build(l, dev, h)
+	}
+	if !o.initialised(h) {
+		var err error
+		if h, err = o.initialise(l, dev, h); err != nil {
+			return nil, err
+		}
+	}
+	return h, o.activate(l, dev, h, 0)
 }
 
 // header returns the header to open the device with: the one on it if it
@@ -208,8 +222,8 @@ func (o *operation) existing(l *lock, dev *device, h *luks2.Header) (bool, error
 			return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and sits on device %s, which is not %s or was replaced: close it, or take another name", name, s.Bottom(), dev.number)
 		}
 		return false, o.remove(name)
-	case !strings.HasPrefix(info.UUID, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"):
-		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s on device %s was made from another header (%s)", name, dev.number, info.UUID)
+	case !strings.HasPrefix(s.Lower.UUID, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"):
+		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s on device %s was made from another header (%s)", name, dev.number, s.Lower.UUID)
 	case s.Top.ReadOnly != o.Volume.ReadOnly:
 		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and its read-only state differs: unstage the volume first", name)
 	}
@@ -225,9 +239,9 @@ func (o *operation) notOthers() error {
 	if o.drivers() {
 		return nil
 	}
-	for _, name := range []string{o.Volume.Name, cryptmapper.IntegrityName(o.Volume.Name)} {
+	for _, name := range append(cryptmapper.Layers(o.Volume.Name), o.Volume.Name) {
 		info, err := dm.Status(name)
-		if err == nil && !strings.HasPrefix(info.UUID, "CRYPT-") {
+		if err == nil && !strings.HasPrefix(info.UUID, "CRYPT-") && !strings.HasPrefix(info.UUID, layerUUID) {
 			return errdefs.Errorf(errdefs.ErrState, "mapping %s exists and is no encrypted device of ours (%q): take another name", name, info.UUID)
 		}
 	}
@@ -265,6 +279,9 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 		}
 		differ("integrity options", strings.Join(s.Integrity.Options, " "), integrityLayerOptions)
 		differ("size", s.Crypt.Length, s.Integrity.Provided)
+		if err := o.verifyTop(t, s, differ); err != nil {
+			return err
+		}
 	} else {
 		differ("integrity layer", s.Integrity != nil, false)
 		differ("size at least", s.Crypt.Length*512 >= t.Size, true)

@@ -48,7 +48,7 @@ func (a aside) WriteAt(p []byte, off int64) (int, error) {
 // validRekey checks what only Rekey is told.
 func (o *operation) validRekey() error {
 	switch {
-	case o.State != dek.Prepared && o.State != dek.Formatted, o.constellation():
+	case o.State != dek.Prepared && o.State != dek.Formatted, o.Spec.Layout != "":
 		return errdefs.Errorf(errdefs.ErrState, "DEK %s is in state %s with layout %q: a volume can only be given to a new DEK of ours", o.ID, o.State, o.Spec.Layout)
 	case o.State == dek.Formatted: // nothing of the old header is needed
 		return nil

@@ -95,6 +95,8 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 		reply.Mapping, err = o.markMade(l)
 	case cryptmapper.OpResize:
 		reply.Mapping, err = o.resize(l)
+	case cryptmapper.OpFinish:
+		reply.Mapping, err = o.finish(l)
 	case cryptmapper.OpRekey:
 		reply.Mapping.Header, err = o.rekey()
 	case cryptmapper.OpRestore:
