@@ -2,12 +2,19 @@ package worker_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
@@ -156,4 +163,454 @@ func TestKernelClone(t *testing.T) {
 	writeAt(t, m.Path, 0, make([]byte, 5))
 	f.close(t)
 	zeros(t, f.open(t).Path)
+}
+
+// without returns a Mapper that does as on a kernel without dm-clone.
+func without(t *testing.T) *cryptmapper.Mapper {
+	m := cryptmapper.New(cryptmapper.Options{Worker: []string{"../../bin/crypt-worker"}, LockDir: "/run/cryptcsi-test", WithoutClone: true})
+	t.Cleanup(m.Shutdown)
+	return m
+}
+
+// A node without dm-clone wipes new volumes, and refuses those that need it.
+func TestKernelCloneWithout(t *testing.T) {
+	t.Run("new", func(t *testing.T) {
+		f := newCloned(t, 64*mib)
+		own := f.Mapper
+		f.Mapper = without(t)
+		m := f.made(t, "wiped")
+		if m.Regions != 0 || m.Made != true {
+			t.Errorf("%+v", m)
+		}
+		f.close(t)
+		f.Mapper = own
+		if again := f.open(t); again != m || string(readAt(t, m.Path, 0, 5)) != "wiped" {
+			t.Errorf("where there is dm-clone: %+v, want %+v", again, m)
+		}
+		if done := f.finish(t); done != m {
+			t.Errorf("Finish: %+v, want %+v", done, m)
+		}
+		if err := f.Hydrate(f.v.Name, true); err != nil {
+			t.Errorf("Hydrate: %v", err)
+		}
+		f.close(t)
+		wholeBlank(t, f)
+	})
+	t.Run("begun by dm-clone", func(t *testing.T) {
+		f := newCloned(t, 64*mib)
+		m := f.open(t)
+		writeAt(t, m.Path, 8*mib, []byte("of a mkfs that was killed"))
+		f.close(t)
+		f.Mapper = without(t)
+		m = f.open(t)
+		if m.Regions != 0 || m.Made {
+			t.Errorf("%+v", m)
+		}
+		zeros(t, m.Path)
+	})
+	t.Run("begun by wiping", func(t *testing.T) {
+		f := newCloned(t, 400*mib)
+		ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+		defer cancel()
+		if _, err := without(t).Open(ctx, f.v, f.d); !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "% done") {
+			t.Fatalf("wiping: %v", err)
+		}
+		m := f.open(t)
+		if m.Regions == 0 || m.Hydrated == m.Regions {
+			t.Errorf("%+v", m)
+		}
+		zeros(t, m.Path)
+	})
+	t.Run("hydrating", func(t *testing.T) {
+		f := newCloned(t, 64*mib)
+		f.made(t, "x")
+		own := f.Mapper
+		f.Mapper = without(t)
+		f.open(t) // it is open: nothing needs dm-clone
+		f.close(t)
+		f.refused(t, errdefs.ErrState, "use it on a node with dm-clone until it is done")
+		f.Mapper = own
+		f.open(t)
+		f.hydrate(t)
+		f.confirm(f.finish(t))
+		f.close(t)
+		f.Mapper = without(t)
+		if m := f.open(t); string(readAt(t, m.Path, 0, 1)) != "x" {
+			t.Errorf("finished: %+v", m)
+		}
+	})
+}
+
+// wholeBlank opens the closed volume with Debian's cryptsetup and reads all of
+// it, the area behind its end too.
+func wholeBlank(t *testing.T, f *fixture) {
+	t.Helper()
+	kernel.Need(t, "exec:cryptsetup")
+	run(t, f.d.Key.Expose(), "cryptsetup", "open", "--key-file=-", f.v.Device, f.v.Name)
+	contents(t, dm.Path(f.v.Name), 0)
+	run(t, nil, "cryptsetup", "close", f.v.Name)
+}
+
+// authErrors counts what the kernel has logged of sectors that are not authentic.
+func authErrors(t *testing.T) int {
+	t.Helper()
+	b := make([]byte, 1<<20)
+	n, err := unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bytes.Count(b[:n], []byte("INTEGRITY AEAD ERROR"))
+}
+
+// A filesystem is made at once and used while the volume hydrates; at any moment
+// it is sound and every sector of the device can be read.
+func TestKernelCloneFilesystems(t *testing.T) {
+	for name, tools := range map[string]struct{ mkfs, fsck []string }{
+		"ext4": {[]string{"mkfs.ext4", "-q"}, []string{"e2fsck", "-fn"}}, // with its discards, which come to nothing
+		"xfs":  {[]string{"mkfs.xfs", "-q", "-f"}, []string{"xfs_repair", "-n"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newCloned(t, 400*mib)
+			kernel.Need(t, name, "exec:"+tools.mkfs[0], "exec:"+tools.fsck[0], "exec:blkid", "exec:fstrim", "exec:cryptsetup")
+			errorsBefore := authErrors(t)
+			m := f.open(t)
+			run(t, nil, tools.mkfs[0], append(tools.mkfs[1:], m.Path)...)
+			m, err := f.MarkMade(t.Context(), f.v, f.d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.confirm(m)
+			files := map[string][]byte{}
+			use := func(while string, act func()) {
+				t.Helper()
+				dir := t.TempDir()
+				run(t, nil, "mount", "-t", name, m.Path, dir)
+				act()
+				for i := range 8 {
+					file := fmt.Sprintf("%s-%d", while, i)
+					files[file] = noise(mib)
+					writeFile(t, filepath.Join(dir, file), files[file])
+				}
+				if out, err := exec.Command("fstrim", dir).CombinedOutput(); err == nil {
+					t.Errorf("fstrim on a volume without discards: %s", out)
+				}
+				for file, want := range files {
+					if got, err := os.ReadFile(filepath.Join(dir, file)); err != nil || !bytes.Equal(got, want) {
+						t.Errorf("%s: %s is %d other bytes, %v", while, file, len(got), err)
+					}
+				}
+				run(t, nil, "umount", dir)
+				run(t, nil, tools.fsck[0], append(tools.fsck[1:], m.Path)...)
+				contents(t, m.Path, 0)
+			}
+			use("paused", func() {})
+			f.close(t)
+			f.open(t)
+			use("reopened", func() {
+				if err := f.Hydrate(f.v.Name, true); err != nil {
+					t.Error(err)
+				}
+			})
+			use("hydrating", func() {})
+			f.hydrate(t)
+			use("swapped", func() { f.confirm(f.finish(t)) })
+			f.close(t)
+			f.open(t)
+			use("finished", func() {})
+			if n := authErrors(t) - errorsBefore; n != 0 {
+				t.Errorf("%d sectors were not authentic", n)
+			}
+			f.close(t)
+			run(t, f.d.Key.Expose(), "cryptsetup", "open", "--key-file=-", f.v.Device, f.v.Name)
+			if got := strings.TrimSpace(run(t, nil, "blkid", "-p", "-o", "value", "-s", "TYPE", dm.Path(f.v.Name))); got != name {
+				t.Errorf("through cryptsetup it is %q", got)
+			}
+			run(t, nil, "cryptsetup", "close", f.v.Name)
+		})
+	}
+}
+
+// writeFile writes a file and syncs it.
+func writeFile(t *testing.T, path string, b []byte) {
+	t.Helper()
+	file, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if _, err := file.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	if err := file.Sync(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A discard through dm-clone would mark what was never written: there is none,
+// at no time, for nobody.
+func TestKernelCloneDiscard(t *testing.T) {
+	f := newCloned(t, 64*mib)
+	kernel.Need(t, "exec:blkdiscard")
+	refused := func(m cryptmapper.Mapping) {
+		t.Helper()
+		for _, limit := range []string{"discard_max_bytes", "discard_max_hw_bytes"} {
+			b, err := os.ReadFile("/sys/dev/block/" + m.Number + "/queue/" + limit)
+			if err != nil || string(b) != "0\n" {
+				t.Errorf("%s is %q, %v", limit, b, err)
+			}
+		}
+		if out, err := exec.Command("blkdiscard", "-f", m.Path).CombinedOutput(); err == nil {
+			t.Errorf("blkdiscard: %s", out)
+		}
+		run(t, nil, "blkdiscard", "-f", "-z", "-o", "4194304", "-l", "4194304", m.Path)
+		zeros(t, m.Path)
+	}
+	m := f.open(t)
+	refused(m)
+	m = f.made(t, "\x00")
+	f.close(t)
+	refused(f.open(t))
+	f.hydrate(t)
+	f.finish(t)
+	refused(m)
+}
+
+func TestKernelCloneReadOnly(t *testing.T) {
+	f := newCloned(t, 64*mib)
+	f.made(t, "fixed")
+	f.close(t)
+	f.v.ReadOnly = true
+	m := f.open(t)
+	if !m.ReadOnly || string(readAt(t, m.Path, 0, 5)) != "fixed" || m.Regions == 0 {
+		t.Errorf("read-only: %+v", m)
+	}
+	unwritable := func() {
+		t.Helper()
+		if file, err := os.OpenFile(m.Path, os.O_RDWR, 0); err == nil {
+			_, err = file.WriteAt([]byte("other"), 0)
+			if err == nil {
+				err = file.Sync()
+			}
+			file.Close()
+			if err == nil {
+				t.Error("a read-only mapping was written to")
+			}
+		}
+	}
+	unwritable()
+	if again := f.open(t); again != m {
+		t.Errorf("opened again: %+v, want %+v", again, m)
+	}
+	f.hydrate(t)
+	done := f.finish(t)
+	if !done.ReadOnly || done.Regions != 0 {
+		t.Errorf("finished: %+v", done)
+	}
+	unwritable()
+	f.confirm(done)
+	f.close(t)
+	if m = f.open(t); !m.ReadOnly || string(readAt(t, m.Path, 0, 5)) != "fixed" {
+		t.Errorf("reopened: %+v", m)
+	}
+	f.v.ReadOnly = false
+	if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) {
+		t.Errorf("opening writable over a read-only mapping: %v", err)
+	}
+}
+
+// What a host can do by bringing back an older state of the metadata.
+func TestKernelCloneRollback(t *testing.T) {
+	f := newCloned(t, 64*mib)
+	kernel.Need(t, "exec:cryptsetup", "exec:dmsetup")
+	m := f.made(t, "used")
+	size := m.Size
+	f.close(t)
+	// Under the volume's own key an older sector is what is written again: the
+	// same ciphertext and tag.
+	through := func(act func(path string)) {
+		t.Helper()
+		run(t, f.d.Key.Expose(), "cryptsetup", "open", "--key-file=-", f.v.Device, f.v.Name)
+		act(dm.Path(f.v.Name))
+		run(t, nil, "cryptsetup", "close", f.v.Name)
+	}
+	var used []byte
+	through(func(path string) {
+		used = readAt(t, path, size, 2*mib)
+		if bytes.Equal(used[:4096], make([]byte, 4096)) {
+			t.Fatal("the metadata is not behind the volume")
+		}
+		writeAt(t, path, size, make([]byte, 4096))
+	})
+	f.refused(t, errdefs.ErrState, "says that nothing was ever written")
+
+	// Metadata as dm-clone makes it over zeros, which is not zeros any more.
+	through(func(path string) {
+		writeAt(t, path, size, make([]byte, 2*mib))
+		sectors := strconv.FormatInt(size/512, 10)
+		run(t, nil, "dmsetup", "create", "test-meta", "--table", "0 4096 linear "+path+" "+sectors)
+		run(t, nil, "dmsetup", "create", "test-data", "--table", "0 "+sectors+" linear "+path+" 0")
+		run(t, nil, "dmsetup", "create", "test-zero", "--table", "0 "+sectors+" zero")
+		run(t, nil, "dmsetup", "create", "test-clone", "--table", "0 "+sectors+" clone /dev/mapper/test-meta /dev/mapper/test-data /dev/mapper/test-zero 8 1 no_hydration")
+		run(t, nil, "dmsetup", "remove", "test-clone", "test-zero", "test-data", "test-meta")
+		if b := readAt(t, path, size, 4096); bytes.Equal(b, make([]byte, 4096)) {
+			t.Fatal("dm-clone wrote no metadata")
+		}
+	})
+	if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "says that nothing was ever written") {
+		t.Errorf("metadata made anew: %v", err)
+	}
+	if left := f.layers(t); left != "" {
+		t.Errorf("the refused open left %s", left)
+	}
+
+	// A sector that is none of the volume's: another place's, or noise.
+	through(func(path string) { writeAt(t, path, size, used) })
+	before := readAt(t, f.v.Device, 0, 64*mib)
+	through(func(path string) { writeAt(t, path, size, noise(4096)) })
+	after := readAt(t, f.v.Device, 0, 64*mib)
+	at := len(after) - 1
+	for ; at > 0 && before[at] == after[at]; at-- {
+	}
+	writeAt(t, f.v.Device, int64(at), []byte{after[at] ^ 4})
+	f.refused(t, errdefs.ErrState, "cannot be read")
+
+	// Put right, it goes on, and is finished; then no metadata counts.
+	through(func(path string) { writeAt(t, path, size, used) })
+	m = f.open(t)
+	if string(readAt(t, m.Path, 0, 4)) != "used" {
+		t.Errorf("it holds %q", readAt(t, m.Path, 0, 4))
+	}
+	writeAt(t, m.Path, 8*mib, []byte("later"))
+	f.hydrate(t)
+	f.confirm(f.finish(t))
+	f.close(t)
+	for _, metadata := range [][]byte{used, make([]byte, 2*mib)} {
+		through(func(path string) { writeAt(t, path, size, metadata) })
+		m = f.open(t)
+		if string(readAt(t, m.Path, 0, 4)) != "used" || string(readAt(t, m.Path, 8*mib, 5)) != "later" || m.Regions != 0 {
+			t.Errorf("a finished volume obeys metadata: %+v", m)
+		}
+		f.close(t)
+	}
+}
+
+// A header of before is refused by the sequence, so that dm-clone cannot come
+// back once it is done.
+func TestKernelCloneHeaderRollback(t *testing.T) {
+	f := newCloned(t, 64*mib)
+	f.made(t, "x")
+	old := readAt(t, f.v.Device, 0, 16*mib)
+	f.hydrate(t)
+	f.confirm(f.finish(t))
+	f.close(t)
+	writeAt(t, f.v.Device, 0, old)
+	f.refused(t, errdefs.ErrState, "rolled back")
+}
+
+// The smallest volumes that are taken work; smaller ones are refused before
+// anything is written.
+func TestKernelCloneSmallest(t *testing.T) {
+	small := newCloned(t, 22*mib)
+	small.refused(t, errdefs.ErrInvalid, "needs at least")
+	for _, size := range []int64{22*mib + 4096, 24*mib + 512} {
+		f := newCloned(t, size)
+		m := f.open(t)
+		zeros(t, m.Path)
+		f.made(t, "small")
+		f.close(t)
+		m = f.open(t)
+		f.hydrate(t)
+		f.confirm(f.finish(t))
+		f.close(t)
+		if m = f.open(t); string(readAt(t, m.Path, 0, 5)) != "small" {
+			t.Errorf("%d bytes: %+v", size, m)
+		}
+		t.Logf("a device of %d bytes gives a volume of %d", size, m.Size)
+		f.close(t)
+	}
+}
+
+// dm-clone's metadata has room for every region, and for all of them again while
+// they are written anew.
+func TestKernelCloneArea(t *testing.T) {
+	kernel.Need(t, "root", "loop", "dm-clone", "dm-zero", "exec:dmsetup")
+	kernel.NoLeaks(t)
+	for _, length := range []int64{4 * mib, mib << 10, 256 << 30, 256<<30 + 4096, 1 << 40, 1<<40 + 4096, 16 << 40} {
+		region, reserved := cryptmapper.CloneArea(length)
+		meta := kernel.Loop(t, reserved)
+		sectors := strconv.FormatInt((length-reserved)/512, 10)
+		run(t, nil, "dmsetup", "create", "test-zero", "--table", "0 "+sectors+" zero")
+		run(t, nil, "dmsetup", "create", "test-clone", "--table", fmt.Sprintf("0 %s clone %s /dev/mapper/test-zero /dev/mapper/test-zero %d 1 no_hydration", sectors, meta, region/512))
+		var used, total int64
+		status := strings.Fields(run(t, nil, "dmsetup", "status", "test-clone"))
+		if _, err := fmt.Sscanf(status[4], "%d/%d", &used, &total); err != nil {
+			t.Fatalf("%q: %v", status, err)
+		}
+		t.Logf("%d MiB in regions of %d: %d of %d blocks", length/mib, region, used, total)
+		if 2*used > total {
+			t.Errorf("%d bytes: %d of %d blocks of metadata are used", length, used, total)
+		}
+		run(t, nil, "dmsetup", "remove", "test-clone", "test-zero")
+	}
+}
+
+// Killed at any step of its life, a volume of this layout converges: the data is
+// there, and nothing is left behind.
+func TestKernelCloneKilledAtSteps(t *testing.T) {
+	stride := 7
+	if os.Getenv("CRASH_EVERY") == "1" {
+		stride = 1
+	}
+	for step := 1; ; step += stride {
+		f := newCloned(t, 26*mib)
+		killed := false
+		dying := func(what string, act func(m *cryptmapper.Mapper) error) {
+			t.Helper()
+			err := act(newMapper(t, step))
+			if err == nil {
+				return
+			}
+			if !strings.Contains(err.Error(), "killed") && !strings.Contains(err.Error(), "died") {
+				t.Fatalf("step %d of %s: %v", step, what, err)
+			}
+			killed = true
+		}
+		open := func(m *cryptmapper.Mapper) error { _, err := m.Open(t.Context(), f.v, f.d); return err }
+		dying("Open", open)
+		zeros(t, f.open(t).Path)
+		dying("MarkMade", func(m *cryptmapper.Mapper) error { _, err := m.MarkMade(t.Context(), f.v, f.d); return err })
+		f.made(t, "survives")
+		f.close(t)
+		dying("Open of a made volume", open)
+		m := f.open(t)
+		f.hydrate(t)
+		dying("Finish", func(m *cryptmapper.Mapper) error { _, err := m.Finish(t.Context(), f.v, f.d); return err })
+		// The pod goes on, and then the power fails.
+		writeAt(t, m.Path, mib, []byte("written after"))
+		image := *f
+		image.v = cryptmapper.Volume{Name: cryptmapper.Prefix + "t" + dek.NewUUID(), Device: smaller(t, f.v.Device, 26*mib)}
+		holds := func(f *fixture) {
+			t.Helper()
+			m := f.open(t)
+			if got := string(readAt(t, m.Path, 0, 8)) + string(readAt(t, m.Path, mib, 13)); got != "surviveswritten after" {
+				t.Fatalf("step %d: it holds %q", step, got)
+			}
+		}
+		holds(&image)
+		image.finish(t)
+		image.close(t)
+		holds(f)
+		f.finish(t)
+		f.close(t)
+		holds(f)
+		dying("Close", func(m *cryptmapper.Mapper) error { return m.Close(t.Context(), f.v.Name) })
+		f.close(t)
+		if left := f.layers(t); left != "" {
+			t.Fatalf("step %d left %s", step, left)
+		}
+		if !killed {
+			t.Logf("up to step %d", step-stride)
+			return
+		}
+	}
 }
