@@ -64,8 +64,9 @@ func constellation(t testing.TB) []fixture {
 	}
 }
 
-// ours are a plain volume and one with integrity, the latter put together from
-// a real header with integrity and from a real token.
+// ours are a plain volume, one with integrity, put together from a real header
+// with integrity and from a real token, and that one with an area for dm-clone,
+// which it uses since it grew.
 func ours(t testing.TB) []fixture {
 	plain := load(t, "ours")
 	protected := bytes.Clone(load(t, "constellation-integrity")[:luks2.CopySize])
@@ -76,9 +77,15 @@ func ours(t testing.TB) []fixture {
 	setJSON(protected, text)
 	w := want
 	w.Spec.Integrity = dek.IntegrityHMAC
+	hydrating, cloned := bytes.Clone(protected), w
+	cloned.Spec.Layout = dek.LayoutClone
+	text = strings.Replace(text, `"version":1`, `"version":2`, 1)
+	text = strings.Replace(text, `"size":41943040,"initialised":41943040`, `"size":39841792,"initialised":8192,"reserved":2101248,"hydration":{"start":8192,"region":4096}`, 1)
+	setJSON(hydrating, text)
 	return []fixture{
 		{"ours", twice(plain), want, true},
 		{"ours with integrity", twice(protected), w, true},
+		{"ours, hydrating", twice(hydrating), cloned, true},
 	}
 }
 

@@ -441,7 +441,11 @@ func TestKernelCloneRollback(t *testing.T) {
 		}
 		writeAt(t, path, size, make([]byte, 4096))
 	})
+	whole := contents(t, f.v.Device, 0)
 	f.refused(t, errdefs.ErrState, "says that nothing was ever written")
+	if contents(t, f.v.Device, 0) != whole {
+		t.Error("dm-clone was given metadata that is zeros")
+	}
 
 	// Metadata as dm-clone makes it over zeros, which is not zeros any more.
 	through(func(path string) {
