@@ -170,12 +170,12 @@ func (d *Driver) expandMapping(ctx context.Context, v volume, st *state, m Mappi
 	if err != nil {
 		return m, err
 	}
-	if key.State == dek.Prepared || grown.Header.Sequence > key.Header.Sequence || grown.Header.Backup != "" {
+	if key.State != dek.Formatted || grown.Header.Sequence > key.Header.Sequence || grown.Header.Backup != "" {
 		if err := d.cfg.Keys.ConfirmDEK(ctx, st.DEK, grown.Header); err != nil {
 			return m, err
 		}
 	}
-	grown.Header.Backup = "" // has its place in the record
+	grown.Header = noted(grown.Header)
 	if st.Header != grown.Header {
 		st.Header = grown.Header
 		return grown, d.save(v, *st)

@@ -34,6 +34,7 @@ type machine struct {
 	keys    *drivertest.Keys
 	faults  *drivertest.Faults
 	disk    *drivertest.Disk
+	id      string // of the volume that the calls are about
 	cfg     driver.Config
 	dir     string // holds kubelet's directory, staging and targets
 	boot    string
@@ -48,7 +49,7 @@ type machine struct {
 func newMachine(t *testing.T) *machine {
 	k := drivertest.NewKernel()
 	m := &machine{
-		t: t, kernel: k, keys: drivertest.NewKeys(), faults: &drivertest.Faults{}, dir: scratch(t), boot: "boot-1",
+		t: t, id: volumeID, kernel: k, keys: drivertest.NewKeys(), faults: &drivertest.Faults{}, dir: scratch(t), boot: "boot-1",
 		wrapped: &drivertest.Wrapped{Kernel: k, Secret: "hunter2"},
 	}
 	m.disk = m.wrapped.Create(volumeID, 64*mib)
@@ -134,8 +135,12 @@ func (m *machine) reboot() {
 	m.start()
 }
 
-func (m *machine) staging() string           { return filepath.Join(m.dir, "staging") }
+func (m *machine) staging() string {
+	return filepath.Join(m.dir, "staging"+strings.TrimPrefix(m.id, volumeID))
+}
 func (m *machine) target(name string) string { return filepath.Join(m.dir, "pods", name) }
+
+func (m *machine) dekID() dek.ID { return volumeDEK(m.id) }
 
 // How a volume is asked for.
 func mountCap(fstype string, flags ...string) *csi.VolumeCapability {
@@ -164,7 +169,7 @@ const (
 
 func (m *machine) stageRequest(c *csi.VolumeCapability) *csi.NodeStageVolumeRequest {
 	return &csi.NodeStageVolumeRequest{
-		VolumeId: volumeID, StagingTargetPath: m.staging(), VolumeCapability: c,
+		VolumeId: m.id, StagingTargetPath: m.staging(), VolumeCapability: c,
 		PublishContext: m.wrapped.Context(m.disk), Secrets: map[string]string{"token": "hunter2"},
 		VolumeContext: map[string]string{"theirs": "1"},
 	}
@@ -176,25 +181,25 @@ func (m *machine) stage(c *csi.VolumeCapability) error {
 }
 
 func (m *machine) unstage() error {
-	_, err := m.node.NodeUnstageVolume(m.t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: volumeID, StagingTargetPath: m.staging()})
+	_, err := m.node.NodeUnstageVolume(m.t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: m.id, StagingTargetPath: m.staging()})
 	return err
 }
 
 func (m *machine) publish(c *csi.VolumeCapability, pod string, readOnly bool) error {
 	_, err := m.node.NodePublishVolume(m.t.Context(), &csi.NodePublishVolumeRequest{
-		VolumeId: volumeID, StagingTargetPath: m.staging(), TargetPath: m.target(pod), VolumeCapability: c, Readonly: readOnly,
+		VolumeId: m.id, StagingTargetPath: m.staging(), TargetPath: m.target(pod), VolumeCapability: c, Readonly: readOnly,
 	})
 	return err
 }
 
 func (m *machine) unpublish(pod string) error {
-	_, err := m.node.NodeUnpublishVolume(m.t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: volumeID, TargetPath: m.target(pod)})
+	_, err := m.node.NodeUnpublishVolume(m.t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: m.id, TargetPath: m.target(pod)})
 	return err
 }
 
 func (m *machine) expand(path string, size int64) (int64, error) {
 	resp, err := m.node.NodeExpandVolume(m.t.Context(), &csi.NodeExpandVolumeRequest{
-		VolumeId: volumeID, VolumePath: path, CapacityRange: &csi.CapacityRange{RequiredBytes: size},
+		VolumeId: m.id, VolumePath: path, CapacityRange: &csi.CapacityRange{RequiredBytes: size},
 	})
 	return resp.GetCapacityBytes(), err
 }
@@ -295,7 +300,7 @@ func (m *machine) count(step string) int {
 // record returns what the key side holds.
 func (m *machine) record() dek.DEK {
 	m.t.Helper()
-	r, ok := m.keys.Record(dekID)
+	r, ok := m.keys.Record(m.dekID())
 	if !ok {
 		m.t.Fatal("there is no record")
 	}

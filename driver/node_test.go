@@ -189,7 +189,7 @@ func TestExpand(t *testing.T) {
 
 func (m *machine) usage(path string) []*csi.VolumeUsage {
 	m.t.Helper()
-	resp, err := m.node.NodeGetVolumeStats(m.t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: volumeID, VolumePath: path})
+	resp, err := m.node.NodeGetVolumeStats(m.t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: m.id, VolumePath: path})
 	m.ok("stats", err)
 	return resp.GetUsage()
 }

@@ -14,13 +14,16 @@ type Keys interface {
 	// where there is no record; it never creates one. The caller wipes Key.
 	GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error)
 	// ClaimFormat announces that this node is about to format with the given
-	// LUKS UUID and returns the claim that holds: where this node had claimed
-	// before, that is the earlier one, UUID included. ErrConflict while
-	// another node holds the claim; ErrState unless the record is Prepared.
+	// LUKS UUID, or while the record is Rotating to give the volume a header
+	// under its own key, and returns the claim that holds: where this node had
+	// claimed before, that is the earlier one, UUID included; while Rotating
+	// the UUID is the header's. ErrConflict while another node holds the claim;
+	// ErrState where the record is Formatted.
 	ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error)
 	// ConfirmDEK records that the volume is formatted and raises the header
-	// floor to h (it never lowers it). ErrState where the record names
-	// another header UUID.
+	// floor to h (it never lowers it). While the record is Rotating, the
+	// Fingerprint of the volume's own key ends that. ErrState where the record
+	// names another header UUID.
 	ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error
 }
 
@@ -74,7 +77,7 @@ type Mapping struct {
 
 	// Known from the checked header, so set by Open, MarkMade and Resize only.
 	Made   bool         // the filesystem (or the raw volume) was finished once
-	Header dek.HeaderID // which header, and its sequence number
+	Header dek.HeaderID // which header, its sequence number, and while Rotating the fingerprint of the key that it opens with
 }
 
 // Mapper turns a device and a DEK into a crypt device. All methods are
@@ -90,6 +93,11 @@ type Mapper interface {
 	// the mapping read as zeros right after Open. ErrUnavailable with a
 	// percentage while a new volume is still initialised: call again.
 	// A ReadOnly volume is never formatted: ErrState.
+	//
+	// Where d is Rotating, a header that verifies under d.Previous counts too,
+	// whatever volume it names, and is replaced by one under d.Key before Open
+	// returns: same UUID, next sequence number. A ReadOnly volume is opened
+	// with either key, and nothing is written.
 	Open(ctx context.Context, v Volume, d dek.DEK) (Mapping, error)
 	// MarkMade flushes the open mapping and then writes into the header that
 	// the volume is finished. From then on it is never formatted again.

@@ -295,16 +295,14 @@ func (s *staging) fetchKey(ctx context.Context) error {
 	if err := s.asMade(&s.key, s.integrity); err != nil {
 		return err
 	}
-	if key.State == dek.Rotating {
-		return errdefs.Errorf(errdefs.ErrState, "volume %s opens with another key than its own (%s): replacing it, after a rotation or on the first use of a restored snapshot or a clone, is not possible with this version of csi-plugin", s.v.id, previousOf(key))
-	}
 	if s.integrity != dek.IntegrityNone && s.key.Spec.Integrity == dek.IntegrityNone {
 		return errdefs.Errorf(errdefs.ErrState, "volume %s has no integrity, but the node's policy or the volume itself demands it: copy the data to a new volume that has it", s.v.id)
 	}
 	if err := checkSharing(s.want, s.key.Spec.Integrity, s.wrapped.profile); err != nil {
 		return err
 	}
-	if key.State != dek.Prepared || s.want.ReadOnly {
+	// Whoever writes a header says so first: two nodes at once would leave none.
+	if key.State == dek.Formatted || s.want.ReadOnly {
 		return nil
 	}
 	claim, err := s.cfg.Keys.ClaimFormat(ctx, s.v.dek, dek.Claim{Node: s.cfg.NodeName, UUID: dek.NewUUID()})
@@ -313,14 +311,6 @@ func (s *staging) fetchKey(ctx context.Context) error {
 	}
 	s.key.Claim = claim
 	return nil
-}
-
-// previousOf says whose key a volume in state rotating still opens with.
-func previousOf(key dek.DEK) string {
-	if key.Source != "" {
-		return "that of its source " + string(key.Source)
-	}
-	return "its previous one"
 }
 
 // open maps the device, makes sure that the mapping is on it, and lets it grow
@@ -441,11 +431,14 @@ func (s *staging) confirm(ctx context.Context) error {
 	if !s.m.Made { // handed over: mount comes first
 		return nil
 	}
-	if s.key.State != dek.Prepared && s.m.Header.Sequence <= s.key.Header.Sequence && s.m.Header.Backup == "" {
+	if s.key.State == dek.Formatted && s.m.Header.Sequence <= s.key.Header.Sequence && s.m.Header.Backup == "" {
 		return nil
 	}
 	if err := s.cfg.Keys.ConfirmDEK(ctx, s.v.dek, s.m.Header); err != nil {
 		return err
+	}
+	if s.key.State == dek.Rotating && s.m.Header.Fingerprint == dek.Fingerprint(s.key.Key) {
+		s.log.InfoContext(ctx, "given its own key", "volume_id", s.v.id, "dek_id", s.v.dek, "source", s.key.Source)
 	}
 	s.key.State, s.key.Header = dek.Formatted, s.m.Header
 	return nil
@@ -485,6 +478,11 @@ func (s *staging) mountFilesystem(ctx context.Context) error {
 			return err
 		}
 	}
+	// A copy has its source's UUID, and XFS mounts each UUID once on a node:
+	// whichever of the two comes second would be refused.
+	if s.fs.Type == "xfs" && !slices.Contains(options, "nouuid") {
+		options = append(options, "nouuid")
+	}
 	return s.cfg.Mounts.Mount(ctx, s.m.Path, s.want.StagingPath, s.fs.Type, options)
 }
 
@@ -505,14 +503,20 @@ func readOnlyOptions(options []string, fs FSInfo) []string {
 	return options
 }
 
+// noted is what the state file keeps of a header: the rest has its place in the
+// record, or says something of a single call.
+func noted(h dek.HeaderID) dek.HeaderID {
+	h.Backup, h.Fingerprint = "", ""
+	return h
+}
+
 // note writes down that the volume is staged.
 func (s *staging) note(context.Context) error {
 	st := s.state()
 	st.Staged = true
 	st.Filesystem = s.fs.Type
 	st.Spec = s.key.Spec
-	st.Header = s.m.Header
-	st.Header.Backup = "" // has its place in the record
+	st.Header = noted(s.m.Header)
 	st.Device, st.DeviceSeq = s.dev.Number, s.dev.Seq
 	return s.save(s.v, st)
 }

@@ -681,14 +681,3 @@ func TestTheStateFileOfAMountedVolumeIsLost(t *testing.T) {
 	m.ok("unstage", m.unstage())
 	m.clean()
 }
-
-// A volume that opens with another key than its own is not opened at all, and
-// the pod's event says why.
-func TestRotatingIsRefused(t *testing.T) {
-	for source, says := range map[dek.ID]string{"": "its previous one", "snap:loop.cryptcsi.io/s": "snap:loop.cryptcsi.io/s"} {
-		m := newMachine(t).start()
-		m.keys.Rotate(dekID, source)
-		m.refused("stage", m.stage(mountCap("ext4")), codes.FailedPrecondition, says, "not possible with this version")
-		m.clean()
-	}
-}

@@ -56,7 +56,7 @@ func (k *Kernel) MakeConstellation(path, uuid string, integrity dek.Integrity, f
 	defer key.Wipe()
 	key.Spec.Integrity = integrity
 	h := header{ID: key.ID, UUID: uuid, Made: true, Size: d.size - dataOffset, Spec: key.Spec}
-	d.writeHeader(h, key)
+	d.writeHeader(h, key.Key)
 	if fstype == "" {
 		return nil
 	}

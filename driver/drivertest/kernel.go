@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
@@ -136,6 +137,18 @@ func (k *Kernel) SwapDisks(a, b string) {
 	defer k.mu.Unlock()
 	da, db := k.disks[k.nodes[a]], k.disks[k.nodes[b]]
 	da.pages, db.pages = db.pages, da.pages
+}
+
+// CopyDisk makes the content of a device that of another one, as a snapshot or
+// clone has it.
+func (k *Kernel) CopyDisk(from, to string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d := k.disks[k.nodes[to]]
+	clear(d.pages)
+	for i, page := range k.disks[k.nodes[from]].pages {
+		d.pages[i] = new(*page)
+	}
 }
 
 // Hold opens a device as any process could, until release is called.
@@ -288,7 +301,7 @@ func (k *Kernel) Mount(ctx context.Context, source, target, fstype string, optio
 		if err := k.bind(&m, source); err != nil {
 			return err
 		}
-	} else if err := k.mountDevice(&m, source); err != nil {
+	} else if err := k.mountDevice(&m, source, options); err != nil {
 		return err
 	}
 	if at.IsDir() == m.Node {
@@ -312,7 +325,7 @@ func (k *Kernel) bind(m *driver.Mount, source string) error {
 	return nil
 }
 
-func (k *Kernel) mountDevice(m *driver.Mount, source string) error {
+func (k *Kernel) mountDevice(m *driver.Mount, source string, options []string) error {
 	number, err := k.resolve(source)
 	if err != nil {
 		return err
@@ -329,9 +342,19 @@ func (k *Kernel) mountDevice(m *driver.Mount, source string) error {
 		return fmt.Errorf("mount %s: wrong filesystem type %q, the superblock says %q", source, m.FSType, super.Type)
 	case readOnly && !m.ReadOnly:
 		return fmt.Errorf("mount %s: %w", source, unix.EROFS)
+	case super.Type == "xfs" && !slices.Contains(options, "nouuid") && k.twin(number, super.UUID):
+		return fmt.Errorf("mount %s: its UUID is mounted: %w", source, unix.EINVAL)
 	}
 	m.Device = number
 	return nil
+}
+
+// twin tells whether a filesystem of that UUID is mounted from another device.
+func (k *Kernel) twin(number, uuid string) bool {
+	return slices.ContainsFunc(k.mounts, func(m driver.Mount) bool {
+		other, err := k.superblock(m.Device)
+		return err == nil && !m.Node && m.Device != number && other.UUID == uuid
+	})
 }
 
 // Unmount is driver.Mounts'.
@@ -353,6 +376,7 @@ func (k *Kernel) Unmount(ctx context.Context, target string) error {
 // superblock is what a filesystem of this machine consists of: everything.
 type superblock struct {
 	Type  string
+	UUID  string
 	Size  int64
 	Dirty bool
 	Files map[string]string
@@ -421,7 +445,7 @@ func (k *Kernel) Make(ctx context.Context, device, fstype string) error {
 	if err != nil {
 		return err
 	}
-	return k.putSuperblock(number, superblock{Type: fstype, Size: size})
+	return k.putSuperblock(number, superblock{Type: fstype, UUID: dek.NewUUID(), Size: size})
 }
 
 // users counts who has the device open.

@@ -12,7 +12,8 @@ import (
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
-// Keys is a key side in memory: driver.Keys and driver.Creator.
+// Keys is a key side in memory: driver.Keys and driver.ControllerKeys, but that a
+// deleted ID can be used again.
 type Keys struct {
 	mu      sync.Mutex
 	records map[dek.ID]*dek.DEK
@@ -20,8 +21,8 @@ type Keys struct {
 }
 
 var (
-	_ driver.Keys    = (*Keys)(nil)
-	_ driver.Creator = (*Keys)(nil)
+	_ driver.Keys           = (*Keys)(nil)
+	_ driver.ControllerKeys = (*Keys)(nil)
 )
 
 // NewKeys returns a key side without records.
@@ -43,7 +44,7 @@ func (k *Keys) Record(id dek.ID) (dek.DEK, bool) {
 		return dek.DEK{}, false
 	}
 	d := *r
-	d.Key = secret.Bytes{}
+	d.Key, d.Previous = secret.Bytes{}, secret.Bytes{}
 	return d, true
 }
 
@@ -54,13 +55,56 @@ func (k *Keys) Lose(id dek.ID) {
 	delete(k.records, id)
 }
 
-// Rotate makes a record one whose volume still opens with another key: that of
-// source, or where there is none its own earlier one.
-func (k *Keys) Rotate(id, source dek.ID) {
+// Rotate gives a formatted record a new key.
+func (k *Keys) Rotate(id dek.ID) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	r := k.records[id]
-	r.State, r.Source, r.Previous = dek.Rotating, source, NewDEK(id, r.Spec).Key
+	r.Previous, r.Key, r.State = r.Key, NewDEK(id, r.Spec).Key, dek.Rotating
+	r.Claim.Node = ""
+}
+
+// CloneDEK is driver.ControllerKeys'.
+func (k *Keys) CloneDEK(ctx context.Context, id dek.ID, spec dek.Spec, source dek.ID) (dek.DEK, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if r := k.records[id]; r != nil {
+		if r.Spec != spec || r.Source != source {
+			return dek.DEK{}, errdefs.Errorf(errdefs.ErrExists, "%s exists as another one", id)
+		}
+		return k.copyOf(r), ctx.Err()
+	}
+	s, err := k.get(ctx, source)
+	if err != nil {
+		return dek.DEK{}, err
+	}
+	d := NewDEK(id, spec)
+	d.Source = source
+	switch {
+	case s.State == dek.Rotating && !source.Snapshot():
+		return dek.DEK{}, errdefs.Errorf(errdefs.ErrConflict, "%s is being rotated", source)
+	case s.State == dek.Rotating:
+		d.State, d.Previous = dek.Rotating, s.Previous
+	case s.State == dek.Formatted:
+		d.State, d.Previous = dek.Rotating, s.Key
+	}
+	d.Previous = d.Previous.Clone()
+	d.Header.UUID = s.Header.UUID
+	k.records[id] = &d
+	return k.copyOf(&d), nil
+}
+
+// DeleteDEK is driver.ControllerKeys'.
+func (k *Keys) DeleteDEK(ctx context.Context, id dek.ID) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	r, err := k.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	r.Wipe()
+	delete(k.records, id)
+	return nil
 }
 
 // Seize makes another node the one that formats.
@@ -91,8 +135,8 @@ func (k *Keys) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK
 
 func (k *Keys) copyOf(r *dek.DEK) dek.DEK {
 	d := *r
-	d.Key = r.Key.Clone()
-	k.given = append(k.given, d.Key)
+	d.Key, d.Previous = r.Key.Clone(), r.Previous.Clone()
+	k.given = append(k.given, d.Key, d.Previous)
 	return d
 }
 
@@ -139,9 +183,11 @@ func (k *Keys) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek
 	switch {
 	case err != nil:
 		return dek.Claim{}, err
-	case r.State != dek.Prepared:
+	case r.State == dek.Formatted:
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrState, "%s is %s already", id, r.State)
-	case r.Claim == dek.Claim{}:
+	case r.Claim.Node == "" && r.State == dek.Rotating:
+		r.Claim = dek.Claim{Node: claim.Node, UUID: r.Header.UUID}
+	case r.Claim.Node == "":
 		r.Claim = claim
 	case r.Claim.Node != claim.Node:
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrConflict, "node %s is formatting %s", r.Claim.Node, id)
@@ -160,9 +206,14 @@ func (k *Keys) ConfirmDEK(ctx context.Context, id dek.ID, h dek.HeaderID) error 
 	if r.Header.UUID != "" && r.Header.UUID != h.UUID {
 		return errdefs.Errorf(errdefs.ErrState, "%s has header %s, not %s", id, r.Header.UUID, h.UUID)
 	}
-	r.State = dek.Formatted
 	if h.Sequence < r.Header.Sequence {
 		return nil
+	}
+	if r.State == dek.Rotating && h.Fingerprint == dek.Fingerprint(r.Key) {
+		r.Previous.Wipe()
+		r.Previous, r.State = secret.Bytes{}, dek.Formatted
+	} else if r.State == dek.Prepared {
+		r.State = dek.Formatted
 	}
 	r.Header = dek.HeaderID{UUID: h.UUID, Sequence: h.Sequence, Backup: cmp.Or(h.Backup, r.Header.Backup)}
 	return nil

@@ -13,6 +13,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
 )
 
 // Mapper is a driver.Mapper on a Kernel. It has no state of its own: another
@@ -41,15 +42,27 @@ const (
 	endLength    = 1 << 20
 )
 
-func (h header) sum(key dek.DEK) []byte {
+func (h header) sum(key secret.Bytes) []byte {
 	h.MAC = nil
 	text, _ := json.Marshal(h)
-	mac := hmac.New(sha256.New, key.Key.Expose())
+	mac := hmac.New(sha256.New, key.Expose())
 	mac.Write(text)
 	return mac.Sum(nil)
 }
 
 func (h header) id() dek.HeaderID { return dek.HeaderID{UUID: h.UUID, Sequence: h.Sequence} }
+
+// under returns the key of d that h verifies under, if one does: while d is
+// Rotating the previous one too, for whatever volume that was.
+func (h header) under(d dek.DEK) (key secret.Bytes, ok bool) {
+	switch {
+	case h.ID == d.ID && hmac.Equal(h.MAC, h.sum(d.Key)):
+		return d.Key, true
+	case d.State == dek.Rotating && hmac.Equal(h.MAC, h.sum(d.Previous)):
+		return d.Previous, true
+	}
+	return secret.Bytes{}, false
+}
 
 // readHeader returns the header on a disk: found tells whether there is
 // anything that looks like one.
@@ -66,7 +79,7 @@ func (d *disk) readHeader() (h header, found bool) {
 	return h, true
 }
 
-func (d *disk) writeHeader(h header, key dek.DEK) {
+func (d *disk) writeHeader(h header, key secret.Bytes) {
 	h.MAC = h.sum(key)
 	text, _ := json.Marshal(h)
 	buf := make([]byte, headerLength)
@@ -88,10 +101,10 @@ func (m Mapper) Open(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Ma
 	if err != nil {
 		return driver.Mapping{}, err
 	}
-	h, err := disk.open(v, d)
-	if err != nil {
+	if _, err := disk.open(v, d); err != nil {
 		return driver.Mapping{}, err
 	}
+	h, _ := disk.readHeader()
 	t, err := k.activate(v, disk, h)
 	if err != nil {
 		return driver.Mapping{}, err
@@ -103,7 +116,7 @@ func (m Mapper) Open(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Ma
 		disk.zero(dataOffset, endLength)
 		disk.zero(dataOffset+t.Size-endLength, endLength)
 	}
-	return describe(t, h), nil
+	return describe(t, h, d), nil
 }
 
 func (k *Kernel) rawDisk(ctx context.Context, path string) (*disk, error) {
@@ -121,9 +134,12 @@ func (k *Kernel) rawDisk(ctx context.Context, path string) (*disk, error) {
 	return d, nil
 }
 
-func describe(t *table, h header) driver.Mapping {
+func describe(t *table, h header, d dek.DEK) driver.Mapping {
 	m := t.Mapping
 	m.Made, m.Header = h.Made, h.id()
+	if key, ok := h.under(d); ok && d.State == dek.Rotating {
+		m.Header.Fingerprint = dek.Fingerprint(key)
+	}
 	return m
 }
 
@@ -133,7 +149,9 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 		return header{}, errdefs.Errorf(errdefs.ErrState, format, args...)
 	}
 	h, found := d.readHeader()
-	verified := found && hmac.Equal(h.MAC, h.sum(key)) && h.ID == key.ID
+	under, verified := h.under(key)
+	verified = verified && found
+	h.Spec.Name = key.Spec.Name // no disk says it
 	switch {
 	case verified && h.Spec != key.Spec:
 		return refuse("the header says %+v, the record %+v", h.Spec, key.Spec)
@@ -141,8 +159,14 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 		return refuse("the header %s/%d is not the one that was confirmed", h.UUID, h.Sequence)
 	case verified && !h.Made && key.State != dek.Prepared:
 		return refuse("the record says that the volume was finished, the header says that it was not")
+	case verified && dataOffset+h.Size > d.size:
+		return refuse("%d bytes of %d: the disk was shrunk", d.size, dataOffset+h.Size)
 	case verified && !h.Made && v.ReadOnly:
 		return refuse("never finished, and read-only")
+	case verified && key.State == dek.Rotating && !v.ReadOnly && !under.Equal(key.Key):
+		h.ID, h.Sequence, h.Spec.Name = key.ID, h.Sequence+1, ""
+		d.writeHeader(h, key.Key)
+		return h, nil
 	case verified && (h.Made || h.UUID == key.Claim.UUID):
 		return h, nil
 	case found && h.UUID != key.Claim.UUID, found && verified:
@@ -157,7 +181,8 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 		return refuse("foreign data")
 	}
 	h = header{ID: key.ID, UUID: key.Claim.UUID, Sequence: 1, Size: d.size - dataOffset, Spec: key.Spec}
-	d.writeHeader(h, key)
+	h.Spec.Name = ""
+	d.writeHeader(h, key.Key)
 	return h, nil
 }
 
@@ -225,7 +250,8 @@ func (m Mapper) update(ctx context.Context, v driver.Volume, d dek.DEK, do func(
 		return driver.Mapping{}, errdefs.Errorf(errdefs.ErrState, "mapping %s is not open on this device", v.Name)
 	}
 	h, _ := disk.readHeader()
-	if !hmac.Equal(h.MAC, h.sum(d)) {
+	under, ok := h.under(d)
+	if !ok {
 		return driver.Mapping{}, errdefs.Errorf(errdefs.ErrState, "the header does not verify")
 	}
 	before := h.id()
@@ -236,9 +262,10 @@ func (m Mapper) update(ctx context.Context, v driver.Volume, d dek.DEK, do func(
 		h.Sequence = before.Sequence
 	}
 	if h.id() != before {
-		disk.writeHeader(h, d)
+		disk.writeHeader(h, under)
+		h, _ = disk.readHeader()
 	}
-	return describe(t, h), nil
+	return describe(t, h, d), nil
 }
 
 // Close is driver.Mapper's.

@@ -99,6 +99,13 @@ func (w *Wrapped) create(id, name string, size int64) *Disk {
 	return d
 }
 
+// Volume is the volume of that ID; nil where there is none.
+func (w *Wrapped) Volume(id string) *Disk {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.volumes[id]
+}
+
 // Context is the volume's publish context.
 func (w *Wrapped) Context(d *Disk) map[string]string { return map[string]string{w.key(): d.Path} }
 
