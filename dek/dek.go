@@ -192,8 +192,9 @@ func Fingerprint(key secret.Bytes) string {
 	return hex.EncodeToString(sum)
 }
 
-// Claim is a node's announcement that it is about to format: who, and with
-// which LUKS UUID, so that the remains of an interrupted format are known.
+// Claim is a node's announcement that it is about to format, or while Rotating
+// to give the volume a header under its own key: who, and with which LUKS UUID,
+// so that the remains of an interrupted format are known.
 type Claim struct {
 	Node string `json:"node,omitempty"`
 	UUID string `json:"uuid,omitempty"`

@@ -57,8 +57,9 @@ func (c *Controller) checkSnapshotted(ctx context.Context, req *csi.CreateSnapsh
 		return "", dek.Spec{}, err
 	case !found:
 		return "", dek.Spec{}, noRecord(source, "snapshotted")
-	case d.State == dek.Rotating:
-		return "", dek.Spec{}, rotating(source, "snapshotted")
+	}
+	if err := settled(source, d, "snapshotted"); err != nil {
+		return "", dek.Spec{}, err
 	}
 	spec = d.Spec
 	spec.Name = req.GetName()

@@ -432,6 +432,12 @@ func TestCopiesThatCannotBe(t *testing.T) {
 	_, err = p.create(request("c", of("", "vol-src")))
 	p.refused("a clone without the source's integrity", err, codes.InvalidArgument, "integrity")
 	p.mustCreate(request("c", of("", "vol-src"), with("cryptcsi.io/integrity", "hmac-sha256")))
+	_, err = p.ring.ClaimFormat(t.Context(), volumeDEK("vol-src"), dek.Claim{Node: "node-7", UUID: dek.NewUUID()})
+	p.ok("ClaimFormat", err)
+	_, err = p.snapshot("s", "vol-src")
+	p.refused("a snapshot in the middle of the first format", err, codes.Aborted, "node-7")
+	_, err = p.create(request("d", of("", "vol-src"), with("cryptcsi.io/integrity", "hmac-sha256")))
+	p.refused("a clone in the middle of the first format", err, codes.Aborted, "node-7")
 	if got := p.wrapped.Volumes(); !slices.Equal(got, []string{"plain", "vol-c", "vol-src"}) || len(p.wrapped.Snapshots()) > 0 {
 		t.Errorf("there are %v and %v", got, p.wrapped.Snapshots())
 	}

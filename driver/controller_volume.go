@@ -105,18 +105,24 @@ func (p *provisioning) checkSource(ctx context.Context) error {
 		return noRecord(p.source, "copied")
 	case d.Spec.Integrity != p.spec.Integrity:
 		return errdefs.Errorf(errdefs.ErrInvalid, "%s has integrity %q, and a copy of its disk cannot have %q: use a StorageClass with the same %s", p.source, d.Spec.Integrity, p.spec.Integrity, keyIntegrity)
-	case d.State == dek.Rotating && !p.source.Snapshot():
-		return rotating(p.source, "copied")
+	}
+	return settled(p.source, d, "copied")
+}
+
+// settled refuses a source of which a copy could have either of two states, so
+// that nobody would know later how to open it.
+func settled(id dek.ID, d dek.DEK, what string) error {
+	switch {
+	case d.State == dek.Rotating && !id.Snapshot():
+		return errdefs.Errorf(errdefs.ErrConflict, "the key of %s is being replaced, or it is a copy that no node has opened yet: use it once, then it can be %s", id, what)
+	case d.State == dek.Prepared && d.Claim.Node != "":
+		return errdefs.Errorf(errdefs.ErrConflict, "node %q is formatting %s for its first use: it can be %s when that is done", d.Claim.Node, id, what)
 	}
 	return nil
 }
 
 func noRecord(id dek.ID, what string) error {
 	return errdefs.Errorf(errdefs.ErrNotFound, "there is no record of %s: it does not exist or is not encrypted, and only an encrypted disk can be %s here; copy the data instead", id, what)
-}
-
-func rotating(id dek.ID, what string) error {
-	return errdefs.Errorf(errdefs.ErrConflict, "the key of %s is being replaced, or it is a copy that no node has opened yet: use it once, then it can be %s", id, what)
 }
 
 // finish makes the record of what the wrapped driver has made, and describes it.

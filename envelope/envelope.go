@@ -181,8 +181,9 @@ func (k *Keyring) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.
 // CloneDEK is CreateDEK for a volume or snapshot whose disk is a copy of
 // source's: it has a key of its own, and the key that opens the copy as its
 // previous one, wrapped for its own ID, so that no node ever asks for another
-// volume's. It begins as Rotating, with source's header as the floor; as
-// Prepared where source's disk was never formatted.
+// volume's. It begins as Rotating, with the UUID of source's header and no
+// floor, because the copy may be older than what was confirmed of source since;
+// as Prepared where source's disk was never formatted.
 //
 // The spec must be source's but for the name (ErrInvalid). ErrExists where a
 // DEK exists that is no clone of source. ErrConflict while source is being
@@ -292,9 +293,10 @@ func (k *Keyring) GetDEK(ctx context.Context, id dek.ID) (d dek.DEK, err error) 
 
 // ClaimFormat records that a node is about to format with a LUKS UUID, and
 // returns the claim that holds: the node's earlier one, if any, and the UUID
-// of one that was released, because the disk may carry its remains.
-// ErrConflict while another node holds the claim; ErrState unless the DEK is
-// Prepared.
+// of one that was released, because the disk may carry its remains. While
+// Rotating it records that the node is about to give the volume a header under
+// its own key, whose UUID stays the confirmed one's. ErrConflict while another
+// node holds the claim; ErrState where the DEK is Formatted.
 func (k *Keyring) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (dek.Claim, error) {
 	if err := claim.Validate(false); err != nil {
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %s: claim: %w", id, err)
@@ -303,14 +305,16 @@ func (k *Keyring) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (
 	err := k.change(ctx, id, func(r *record, _ opened) (bool, error) {
 		free := r.Claim.Node == ""
 		switch {
-		case r.State != dek.Prepared:
+		case r.State == dek.Formatted:
 			return false, errdefs.Errorf(errdefs.ErrState, "the volume is %s: it must not be formatted again", r.State)
+		case free && r.State == dek.Rotating:
+			r.Claim = claimV1{Node: claim.Node, UUID: r.Header.UUID}
 		case free && r.Claim.UUID != "":
 			r.Claim.Node = claim.Node
 		case free:
 			r.Claim = claimV1(claim)
 		case r.Claim.Node != claim.Node:
-			return false, errdefs.Errorf(errdefs.ErrConflict, "node %q is formatting the volume; it has to finish there, or an operator to release its claim", r.Claim.Node)
+			return false, errdefs.Errorf(errdefs.ErrConflict, "node %q is making the volume's header; it has to finish there, or an operator to release its claim", r.Claim.Node)
 		}
 		holds = dek.Claim(r.Claim)
 		return free, nil
@@ -323,12 +327,12 @@ func (k *Keyring) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (
 
 // ReleaseClaim takes back a node's claim, for an operator who knows that the
 // node does not format any more. Another node can then claim, and gets the
-// same UUID. nil where nobody holds a claim or the volume is formatted;
+// same UUID. nil where nobody holds a claim or the volume is Formatted;
 // ErrConflict where another node holds it.
 func (k *Keyring) ReleaseClaim(ctx context.Context, id dek.ID, node string) error {
 	return k.change(ctx, id, func(r *record, _ opened) (bool, error) {
 		switch {
-		case r.State != dek.Prepared || r.Claim.Node == "":
+		case r.State == dek.Formatted || r.Claim.Node == "":
 			return false, nil
 		case r.Claim.Node != node:
 			return false, errdefs.Errorf(errdefs.ErrConflict, "the claim is node %q's, not node %q's: it was left as it is", r.Claim.Node, node)

@@ -379,6 +379,18 @@ func TestReleaseClaim(t *testing.T) {
 	}
 	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), id, dek.HeaderID{UUID: a.UUID, Sequence: 1}))
 	must(t, "ReleaseClaim of a formatted one", k.ReleaseClaim(t.Context(), id, "node-b"))
+
+	rotating, err := k.RotateDEK(t.Context(), id)
+	must(t, "RotateDEK", err)
+	rotating.Wipe()
+	for _, node := range []string{"node-a", "node-b"} {
+		got, err := k.ClaimFormat(t.Context(), id, dek.Claim{Node: node, UUID: dek.NewUUID()})
+		must(t, "ClaimFormat while rotating", err)
+		if got != (dek.Claim{Node: node, UUID: a.UUID}) {
+			t.Errorf("%s got %+v while rotating", node, got)
+		}
+		must(t, "ReleaseClaim while rotating", k.ReleaseClaim(t.Context(), id, node))
+	}
 }
 
 func TestList(t *testing.T) {
@@ -411,7 +423,7 @@ func TestList(t *testing.T) {
 	must(t, "RotateDEK", err)
 	d.Wipe()
 	w = info(0, "d/rotating", dek.Rotating)
-	w.Node, w.Updated, w.Wraps = "node-a", c.now, []envelope.Wrap{wrap, wrap}
+	w.Updated, w.Wraps = c.now, []envelope.Wrap{wrap, wrap}
 	want = append(want, w)
 
 	format(t, second, "d/deleted")

@@ -64,6 +64,7 @@ func (k *Keyring) startRotation(ctx context.Context, r *record, at place) error 
 	}
 	r.State, r.Updated = dek.Rotating, k.stamp(k.now())
 	r.Header.Backup = "" // it opens under the old key
+	r.Claim.Node = ""    // whoever replaces the header claims it anew
 	return k.replace(ctx, r, key, at)
 }
 
@@ -91,8 +92,7 @@ func (k *Keyring) inherit(ctx context.Context, r *record) error {
 	case d.State == dek.Rotating:
 		return errdefs.Errorf(errdefs.ErrConflict, "its key is being rotated, or it is a clone that no node has opened yet: mount it once, then clone it")
 	}
-	r.State, r.Header = dek.Rotating, s.Header
-	r.Header.Backup = "" // it opens under the source's key
+	r.State, r.Header = dek.Rotating, headerV1{UUID: s.Header.UUID}
 	r.Previous, err = k.wrap(ctx, r.ID, old)
 	return err
 }

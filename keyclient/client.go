@@ -277,10 +277,11 @@ func (c *Client) make(ctx context.Context, method string, id dek.ID, spec dek.Sp
 	return d, err
 }
 
-// ClaimFormat announces that a node is about to format with a LUKS UUID, and
-// returns the claim that holds: the node's own earlier one, if any, or with the
-// UUID of one that was released. ErrConflict while another node holds the
-// claim; ErrState unless the DEK is Prepared.
+// ClaimFormat announces that a node is about to format with a LUKS UUID, or while
+// the DEK is Rotating to give the volume a header under its own key, and returns
+// the claim that holds: the node's own earlier one, if any, or with the UUID of
+// one that was released, or of the header. ErrConflict while another node holds
+// the claim; ErrState where the DEK is Formatted.
 func (c *Client) ClaimFormat(ctx context.Context, id dek.ID, claim dek.Claim) (holds dek.Claim, err error) {
 	if err := claim.Validate(false); err != nil {
 		return dek.Claim{}, errdefs.Errorf(errdefs.ErrInvalid, "DEK %.300q: claim: %w", id, err)

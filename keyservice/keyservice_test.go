@@ -399,7 +399,7 @@ func TestGetDEKIsSealedToItsRecipient(t *testing.T) {
 		}
 	}
 	if a.GetId() != string(vol) || a.GetState() != "rotating" || a.GetSpec().GetName() != "pvc-1" || a.GetHeader().GetUuid() != h.UUID ||
-		a.GetHeader().GetSequence() != 5 || a.GetHeader().GetFingerprint() != "" || a.GetClaim().GetNode() != nodeName {
+		a.GetHeader().GetSequence() != 5 || a.GetHeader().GetFingerprint() != "" || a.GetClaim().GetNode() != "" || a.GetClaim().GetUuid() != h.UUID {
 		t.Errorf("the answer is %v", a)
 	}
 }

@@ -301,7 +301,7 @@ func backup(t *testing.T, k Keys) {
 	made, err := k.CloneDEK(t.Context(), id+"-copy", spec(), id)
 	must(t, "CloneDEK", err)
 	t.Cleanup(made.Wipe)
-	if made.Header.Backup != "" || made.Header.Sequence != 9 {
+	if made.Header != (dek.HeaderID{UUID: want.Header.UUID}) {
 		t.Errorf("a clone has %+v", made.Header)
 	}
 }
@@ -336,15 +336,25 @@ func rotate(t *testing.T, k Keys) {
 	if want.Key.Equal(before.Key) || want.Key.Len() != dek.Size {
 		t.Error("RotateDEK gave no new key")
 	}
-	same(t, "RotateDEK", want, dek.DEK{ID: id, State: dek.Rotating, Spec: spec(), Claim: before.Claim, Header: before.Header, Key: want.Key, Previous: before.Key})
+	same(t, "RotateDEK", want, dek.DEK{ID: id, State: dek.Rotating, Spec: spec(), Claim: dek.Claim{UUID: before.Claim.UUID}, Header: before.Header, Key: want.Key, Previous: before.Key})
 	again, err := k.RotateDEK(t.Context(), id)
 	must(t, "RotateDEK", err)
 	t.Cleanup(again.Wipe)
 	same(t, "the second RotateDEK", again, want)
 	same(t, "GetDEK while rotating", get(t, k, id), want)
 	same(t, "CreateDEK while rotating", create(t, k, id), want)
+	// Whoever replaces the header claims that; its UUID stays.
+	want.Claim = dek.Claim{Node: "node-b", UUID: want.Header.UUID}
+	for range 2 {
+		got, err := k.ClaimFormat(t.Context(), id, dek.Claim{Node: "node-b", UUID: dek.NewUUID()})
+		must(t, "ClaimFormat while rotating", err)
+		if got != want.Claim {
+			t.Errorf("ClaimFormat while rotating = %+v, want %+v", got, want.Claim)
+		}
+	}
 	_, err = k.ClaimFormat(t.Context(), id, dek.Claim{Node: "node-a", UUID: want.Header.UUID})
-	mustBe(t, "ClaimFormat while rotating", err, errdefs.ErrState)
+	mustBe(t, "ClaimFormat by another node while rotating", err, errdefs.ErrConflict)
+	same(t, "claimed while rotating", get(t, k, id), want)
 
 	// What does not open with the new key ends nothing.
 	for _, h := range []dek.HeaderID{
@@ -397,7 +407,8 @@ func clone(t *testing.T, k Keys) {
 	if made.Key.Equal(source.Key) || made.Key.Len() != dek.Size {
 		t.Error("the clone has no key of its own")
 	}
-	want := dek.DEK{ID: copyID, State: dek.Rotating, Spec: copySpec, Source: id, Header: source.Header, Key: made.Key, Previous: source.Key}
+	// The copy may be older than the source's floor, and has none.
+	want := dek.DEK{ID: copyID, State: dek.Rotating, Spec: copySpec, Source: id, Header: dek.HeaderID{UUID: source.Header.UUID}, Key: made.Key, Previous: source.Key}
 	same(t, "CloneDEK", made, want)
 	same(t, "GetDEK of the clone", get(t, k, copyID), want)
 	same(t, "GetDEK of its source", get(t, k, id), source)
@@ -418,6 +429,11 @@ func clone(t *testing.T, k Keys) {
 	must(t, "CloneDEK once the source is gone", err)
 	t.Cleanup(again.Wipe)
 	same(t, "CloneDEK once the source is gone", again, want)
+	want.Claim, err = k.ClaimFormat(t.Context(), copyID, dek.Claim{Node: "node-a", UUID: dek.NewUUID()})
+	must(t, "ClaimFormat of the clone", err)
+	if want.Claim != (dek.Claim{Node: "node-a", UUID: source.Header.UUID}) {
+		t.Errorf("ClaimFormat of the clone = %+v", want.Claim)
+	}
 	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), copyID, dek.HeaderID{UUID: source.Header.UUID, Sequence: 6, Fingerprint: dek.Fingerprint(made.Key)}))
 	want.State, want.Header.Sequence, want.Previous = dek.Formatted, 6, secret.Bytes{}
 	same(t, "the clone with its own key", get(t, k, copyID), want)
@@ -473,7 +489,7 @@ func cloneOfSnapshot(t *testing.T, k Keys) {
 	restored, err := k.CloneDEK(t.Context(), id+"0", spec(), snapshot)
 	must(t, "CloneDEK of the snapshot", err)
 	t.Cleanup(restored.Wipe)
-	same(t, "the restored volume", restored, dek.DEK{ID: id + "0", State: dek.Rotating, Spec: spec(), Source: snapshot, Header: source.Header, Key: restored.Key, Previous: source.Key})
+	same(t, "the restored volume", restored, dek.DEK{ID: id + "0", State: dek.Rotating, Spec: spec(), Source: snapshot, Header: dek.HeaderID{UUID: source.Header.UUID}, Key: restored.Key, Previous: source.Key})
 	if restored.Key.Equal(middle.Key) {
 		t.Error("the restored volume has the snapshot's key")
 	}

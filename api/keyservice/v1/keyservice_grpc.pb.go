@@ -61,8 +61,9 @@ type KeyServiceClient interface {
 	// source. A key is in the answer only where there is a recipient: who only
 	// has to make one has no use for it.
 	CreateDEK(ctx context.Context, in *CreateDEKRequest, opts ...grpc.CallOption) (*DEK, error)
-	// ClaimFormat announces that the caller's node is about to format, and
-	// returns the claim that holds: an earlier one of the same node, if any.
+	// ClaimFormat announces that the caller's node is about to format, or to give
+	// a rotating volume a header under its own key, and returns the claim that
+	// holds: an earlier one of the same node, if any.
 	ClaimFormat(ctx context.Context, in *ClaimFormatRequest, opts ...grpc.CallOption) (*Claim, error)
 	// ConfirmDEK records that the volume is formatted and raises the floor of
 	// its header's sequence; it never lowers it.
@@ -173,8 +174,9 @@ type KeyServiceServer interface {
 	// source. A key is in the answer only where there is a recipient: who only
 	// has to make one has no use for it.
 	CreateDEK(context.Context, *CreateDEKRequest) (*DEK, error)
-	// ClaimFormat announces that the caller's node is about to format, and
-	// returns the claim that holds: an earlier one of the same node, if any.
+	// ClaimFormat announces that the caller's node is about to format, or to give
+	// a rotating volume a header under its own key, and returns the claim that
+	// holds: an earlier one of the same node, if any.
 	ClaimFormat(context.Context, *ClaimFormatRequest) (*Claim, error)
 	// ConfirmDEK records that the volume is formatted and raises the floor of
 	// its header's sequence; it never lowers it.
