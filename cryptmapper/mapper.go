@@ -105,22 +105,28 @@ func (m *Mapper) Shutdown() { m.pool.close() }
 // Made is false the first and last MiB of the mapping are zeros. An integrity
 // volume that is not initialised before ctx's deadline is ErrUnavailable with
 // a percentage, and the next call goes on from there.
+//
+// Where d is Rotating a header that verifies under d.Previous counts as well,
+// whatever volume it names, and unless v is ReadOnly is replaced by one under
+// d.Key before anything is mapped: same UUID and volume key, next sequence
+// number. Header.Fingerprint then says which of the two keys the header opens
+// with.
 func (m *Mapper) Open(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
-	r, err := m.run(ctx, request(OpOpen, v, d), Keys{DEK: d.Key})
+	r, err := m.run(ctx, request(OpOpen, v, d), keysOf(d))
 	return r.Mapping, err
 }
 
 // MarkMade flushes the open mapping v and then notes in its header that the
 // volume is finished: from then on it is never formatted again.
 func (m *Mapper) MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
-	r, err := m.run(ctx, request(OpMarkMade, v, d), Keys{DEK: d.Key})
+	r, err := m.run(ctx, request(OpMarkMade, v, d), keysOf(d))
 	return r.Mapping, err
 }
 
 // Resize grows the open mapping v to what its device now has; nothing happens
 // where it has that size. ErrInvalid for volumes with integrity.
 func (m *Mapper) Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
-	r, err := m.run(ctx, request(OpResize, v, d), Keys{DEK: d.Key})
+	r, err := m.run(ctx, request(OpResize, v, d), keysOf(d))
 	return r.Mapping, err
 }
 
@@ -197,6 +203,9 @@ func (m *Mapper) List() ([]Mapping, error) { return list() }
 func request(op Op, v Volume, d dek.DEK) Request {
 	return Request{Op: op, Volume: v, ID: d.ID, State: d.State, Spec: d.Spec, Claim: d.Claim, Header: d.Header}
 }
+
+// keysOf are the keys that may open the volume of d.
+func keysOf(d dek.DEK) Keys { return Keys{DEK: d.Key, Old: d.Previous} }
 
 // run does one operation in a worker, under the volume's lock. The lock is let
 // go when the worker has answered or is gone, which for one that hangs in the

@@ -15,7 +15,7 @@ import (
 
 // The protocol between this package and a crypt-worker, over an inherited
 // socket pair (WorkerFD in the worker): one request (a frame of JSON, then the
-// DEK and for Rekey the old key as raw frames), one answer (a frame of JSON), end. A frame is a length
+// DEK and the old key, where there is one, as raw frames), one answer (a frame of JSON), end. A frame is a length
 // of 4 bytes, big endian, and that many bytes. Both ends come from one build,
 // so there is no version.
 
@@ -63,7 +63,7 @@ type Request struct {
 // Keys are the keys of a request. Who made them wipes them.
 type Keys struct {
 	DEK secret.Bytes
-	Old secret.Bytes // Rekey alone
+	Old secret.Bytes // Rekey, and the others while State is Rotating
 }
 
 // Wipe wipes both.

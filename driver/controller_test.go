@@ -408,7 +408,7 @@ func TestSnapshotsAndClones(t *testing.T) {
 	p.gone(volumeDEK("vol-src"))
 	p.gone(snapshotDEK("snap-s"))
 	for _, id := range []string{"vol-restored", "vol-clone"} {
-		if d := p.dek(volumeDEK(id)); d.State != dek.Rotating || !d.Previous.Equal(src.Key) || d.Key.Equal(src.Key) || d.Header != src.Header {
+		if d := p.dek(volumeDEK(id)); d.State != dek.Rotating || !d.Previous.Equal(src.Key) || d.Key.Equal(src.Key) || d.Header != (dek.HeaderID{UUID: src.Header.UUID}) {
 			t.Errorf("%s: %+v", id, d)
 		}
 	}

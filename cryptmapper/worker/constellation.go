@@ -20,7 +20,10 @@ func (o *operation) constellation() bool { return o.Spec.Layout == dek.LayoutCon
 
 // read reads the header in the form that the volume must have.
 func (o *operation) read(dev *device) (luks2.Found, error) {
-	if !o.constellation() {
+	switch {
+	case o.State == dek.Rotating:
+		return o.readEither(dev, dev.file)
+	case !o.constellation():
 		return luks2.Read(dev.file, o.want(dev), o.key)
 	}
 	found, err := luks2.ReadConstellation(dev.file, o.want(dev))

@@ -96,6 +96,9 @@ func (o *operation) raise(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 // header returns the header to open the device with: the one on it if it
 // verifies, else a new one where the rules allow to format.
 func (o *operation) header(dev *device) (*luks2.Header, error) {
+	if o.State == dek.Rotating {
+		return o.rotated(dev, dev.file)
+	}
 	found, err := o.read(dev)
 	if err != nil {
 		return nil, err
@@ -315,6 +318,9 @@ func (o *operation) describe(dev *device, h *luks2.Header) (cryptmapper.Mapping,
 	}
 	m := s.Mapping()
 	m.Made, m.Header = h.Token.Made, h.ID()
+	if o.State == dek.Rotating {
+		m.Header.Fingerprint = dek.Fingerprint(o.key)
+	}
 	m.Header.Backup, err = o.backup(dev, h)
 	return m, err
 }

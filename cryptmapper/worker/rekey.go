@@ -152,7 +152,7 @@ func (o *operation) prepareRekey(dev *device) (*luks2.Header, error) {
 		return nil, err
 	}
 	token.DEKID = string(o.ID)
-	h, err := o.newHeader(dev, old.Header, token)
+	h, err := o.newHeader(dev, old.Header, o.Claim.UUID, token)
 	if err != nil {
 		return nil, err
 	}
@@ -201,15 +201,15 @@ func (o *operation) try(dev *device, h *luks2.Header) (luks2.Token, error) {
 }
 
 // newHeader makes, in memory, the header that the volume gets: the old one's
-// segment and volume key, the claimed UUID, one keyslot under the new key, our
-// token. It must give the same volume key as the old one.
-func (o *operation) newHeader(dev *device, old *luks2.Header, token luks2.Token) (*luks2.Header, error) {
+// segment and volume key, that UUID, one keyslot under the new key, our token.
+// It must give the same volume key as the old one.
+func (o *operation) newHeader(dev *device, old *luks2.Header, uuid string, token luks2.Token) (*luks2.Header, error) {
 	was, err := o.volumeKey(dev, old, o.old)
 	if err != nil {
 		return nil, err
 	}
 	defer was.Wipe()
-	h, err := o.underNewKey(dev, old, was, token)
+	h, err := o.underNewKey(dev, old, was, uuid, token)
 	if err != nil {
 		return nil, err
 	}
@@ -224,7 +224,7 @@ func (o *operation) newHeader(dev *device, old *luks2.Header, token luks2.Token)
 	return h, nil
 }
 
-func (o *operation) underNewKey(dev *device, old *luks2.Header, vk secret.Bytes, token luks2.Token) (*luks2.Header, error) {
+func (o *operation) underNewKey(dev *device, old *luks2.Header, vk secret.Bytes, uuid string, token luks2.Token) (*luks2.Header, error) {
 	file, err := memory("new-header")
 	if err != nil {
 		return nil, err
@@ -241,7 +241,7 @@ func (o *operation) underNewKey(dev *device, old *luks2.Header, vk secret.Bytes,
 	if err := d.load(); err != nil {
 		return nil, classify(err, "loading the old header")
 	}
-	if err := d.replaceKey(o.Claim.UUID, vk, o.key); err != nil {
+	if err := d.replaceKey(uuid, vk, o.key); err != nil {
 		return nil, classify(err, "putting the volume key under the new key")
 	}
 	if err := d.setToken(token.Unsealed()); err != nil {
@@ -299,25 +299,32 @@ func (o *operation) expect(r io.ReaderAt, dev *device, what string) error {
 	return o.acceptable(dev, found.Header)
 }
 
-// finishRekey puts the header that waits aside in its place, unless it is there
-// already, and wipes the place where it waited.
+// finishRekey puts the header that waits aside in its place.
 func (o *operation) finishRekey(dev *device, d disk) (*luks2.Header, error) {
+	h, reason, err := o.finishAside(dev, d)
+	if err == nil && h == nil {
+		err = errdefs.Errorf(errdefs.ErrState, "the record of %s says that the volume has its header, but device %s has none of it (%s): this is another disk, or an older state of it; nothing was changed", o.ID, dev.number, oneLine(reason))
+	}
+	return h, err
+}
+
+// finishAside puts the header that waits aside in its place, unless it is there
+// already, and wipes the place where it waited. Where there is none in either
+// place it returns nil with the reason, and has written nothing.
+func (o *operation) finishAside(dev *device, d disk) (h *luks2.Header, reason, err error) {
 	found, err := luks2.Read(d, o.want(dev), o.key)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	h := found.Header
-	if h == nil {
+	if h = found.Header; h == nil {
 		waiting, err := luks2.Read(aside{d}, o.want(dev), o.key)
-		if err != nil {
-			return nil, err
+		if err != nil || waiting.Header == nil {
+			return nil, found.Reason, err
 		}
-		if h = waiting.Header; h == nil {
-			return nil, errdefs.Errorf(errdefs.ErrState, "the record of %s says that the volume has its header, but device %s has none of it (%s): this is another disk, or an older state of it; nothing was changed", o.ID, dev.number, oneLine(found.Reason))
-		}
+		h = waiting.Header
 	}
 	if err := o.acceptable(dev, h); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	switch {
 	case found.Header == nil:
@@ -326,9 +333,9 @@ func (o *operation) finishRekey(dev *device, d disk) (*luks2.Header, error) {
 		err = h.WriteCopies(d, o.step)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return h, o.clearAside(d)
+	return h, nil, o.clearAside(d)
 }
 
 // clearAside wipes what was put aside, if anything was.

@@ -108,7 +108,7 @@ func newTornRekey(t *testing.T) *tornRekey {
 	for _, h := range []**luks2.Header{&r.first, &r.second} {
 		token := luks2.NewToken(r.ID)
 		token.Made, token.Size = true, r.dev.size-luks2.DataOffset
-		if *h, err = r.newHeader(r.dev, found.Header, token); err != nil {
+		if *h, err = r.newHeader(r.dev, found.Header, r.Claim.UUID, token); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
@@ -65,9 +66,11 @@ func exitWhenClosed(conn io.Reader) {
 type operation struct {
 	cryptmapper.Request
 	key  secret.Bytes
-	old  secret.Bytes // Rekey alone
+	old  secret.Bytes // Rekey, and the others while State is Rotating
 	step func(string)
 	log  *log
+	// previous tells that key is the one before, under which the header still is.
+	previous bool
 }
 
 func (o *operation) run(reply *cryptmapper.Reply) (err error) {
@@ -129,6 +132,9 @@ func (o *operation) validate() error {
 	}
 	if len(o.key.Expose()) != 32 || bytes.Equal(o.key.Expose(), make([]byte, 32)) {
 		return errdefs.Errorf(errdefs.ErrInvalid, "the DEK of %s is not 32 random bytes", o.ID)
+	}
+	if o.State == dek.Rotating && o.old.Len() != dek.Size {
+		return errdefs.Errorf(errdefs.ErrInvalid, "the previous DEK of %s has %d bytes, not %d", o.ID, o.old.Len(), dek.Size)
 	}
 	return nil
 }
