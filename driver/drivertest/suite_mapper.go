@@ -13,6 +13,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
 )
 
 // MapperHarness is what RunMapper needs of a machine.
@@ -67,6 +68,9 @@ func RunMapper(t *testing.T, h MapperHarness) {
 		{"read-only", testReadOnly},
 		{"closing", testClosing},
 		{"growing", testGrowing},
+		{"a copy gets its own key", testCopy},
+		{"a copy read-only", testCopyReadOnly},
+		{"not the copy", testNotTheCopy},
 		{"a cancelled call", testCancelled},
 		{"calls at the same time", testConcurrent},
 	}
@@ -411,6 +415,115 @@ func testGrowing(m *mapperTest) {
 	if reopened := m.open(); reopened.Size != got.Size {
 		m.Errorf("reopened with %d bytes, had %d", reopened.Size, got.Size)
 	}
+}
+
+// copied returns a copy of the finished volume, with a record as CloneDEK makes it.
+func (m *mapperTest) copied() *mapperTest {
+	m.Helper()
+	c := newMapperTest(m.T, m.MapperHarness, m.key.Spec)
+	c.v.Name = driver.MappingName("suite.example", "copy of "+m.v.Name+c.device)
+	c.key.ID = dek.ID("suite.example/" + c.v.Name)
+	c.key.State, c.key.Source, c.key.Claim = dek.Rotating, m.key.ID, dek.Claim{Node: "suite", UUID: m.key.Header.UUID}
+	c.key.Header, c.key.Previous = dek.HeaderID{UUID: m.key.Header.UUID}, m.key.Key
+	chunk := make([]byte, 4<<20)
+	for off := int64(0); off < suiteSize; off += int64(len(chunk)) {
+		m.ReadAt(m.T, m.device, chunk, off)
+		m.WriteAt(m.T, c.device, chunk, off)
+	}
+	m.Cleanup(func() { _ = m.Mapper.Close(context.WithoutCancel(m.Context()), c.v.Name) })
+	return c
+}
+
+// ownKey is what ConfirmDEK makes of the record.
+func (m *mapperTest) ownKey(got driver.Mapping) {
+	m.Helper()
+	m.key.State, m.key.Previous = dek.Formatted, secret.Bytes{}
+	m.key.Header = dek.HeaderID{UUID: got.Header.UUID, Sequence: got.Header.Sequence}
+}
+
+func testCopy(m *mapperTest) {
+	made := m.finish()
+	c := m.copied()
+	before := *c
+	got := c.open()
+	if !got.Made || got.Header.UUID != made.Header.UUID || got.Header.Sequence != made.Header.Sequence+1 || got.Header.Fingerprint != dek.Fingerprint(c.key.Key) {
+		m.Errorf("opened %+v, copied from %+v", got, made)
+	}
+	c.hasData(got.Path)
+	if again := c.open(); again.Header != got.Header || again.Number != got.Number {
+		m.Errorf("opened again: %+v, before: %+v", again, got)
+	}
+	c.close()
+	c.ownKey(got)
+	reopened := c.open()
+	if reopened.Header.UUID != got.Header.UUID || reopened.Header.Sequence != got.Header.Sequence || reopened.Header.Fingerprint != "" {
+		m.Errorf("with its own key: %+v, was %+v", reopened, got)
+	}
+	c.hasData(reopened.Path)
+	c.close()
+
+	// Neither opens in the other's place any more.
+	as := *m
+	as.v.Device = c.device
+	as.refused("the copy as its source", as.v, m.key, errdefs.ErrState)
+	v := c.v
+	v.Device = m.device
+	c.refused("the source as its copy", v, c.key, errdefs.ErrState)
+	m.hasData(m.open().Path)
+	second := before
+	second.key.Key = m.key.Key.Clone()
+	defer second.key.Key.Wipe()
+	second.key.Key.Expose()[0] ^= 1
+	second.refused("one copy as another", c.v, second.key, errdefs.ErrState)
+}
+
+func testCopyReadOnly(m *mapperTest) {
+	made := m.finish()
+	c := m.copied()
+	head := func() []byte {
+		b := make([]byte, 12<<20)
+		c.ReadAt(m.T, c.device, b, 0)
+		return b
+	}
+	before := head()
+	v := c.v
+	v.ReadOnly = true
+	got, err := m.Mapper.Open(m.Context(), v, c.key)
+	if err != nil {
+		m.Fatal(err)
+	}
+	if !got.ReadOnly || !got.Made || got.Header.Sequence != made.Header.Sequence || got.Header.Fingerprint != dek.Fingerprint(c.key.Previous) {
+		m.Errorf("opened %+v, copied from %+v", got, made)
+	}
+	c.hasData(got.Path)
+	c.close()
+	if !bytes.Equal(head(), before) {
+		m.Error("the header was written")
+	}
+	if got := c.open(); got.Header.Fingerprint != dek.Fingerprint(c.key.Key) {
+		m.Errorf("opened writable: %+v", got)
+	}
+}
+
+func testNotTheCopy(m *mapperTest) {
+	m.finish()
+	c := m.copied()
+	v := c.v
+	v.Device = m.NewDevice(m.T, suiteSize)
+	c.refused("a blank disk", v, c.key, errdefs.ErrState)
+	if !m.zeros(v.Device, 17<<20, 0) {
+		m.Error("something was written")
+	}
+	key := c.key
+	key.Header.Sequence = 100
+	c.refused("below the floor", c.v, key, errdefs.ErrState)
+	key.Header = dek.HeaderID{UUID: dek.NewUUID()}
+	c.refused("another header", c.v, key, errdefs.ErrState)
+	key = c.key
+	key.Previous = NewDEK("suite.example/other", key.Spec).Key
+	defer key.Previous.Wipe()
+	c.refused("another source", c.v, key, errdefs.ErrState)
+	c.hasData(c.open().Path)
 }
 
 func testCancelled(m *mapperTest) {
