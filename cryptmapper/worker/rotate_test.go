@@ -204,10 +204,12 @@ func TestRotateRefuses(t *testing.T) {
 		"another volume's disk": {other.area, nil, "no header"},
 		"another header":        {c.area, func(o *operation) { o.Header.UUID = dek.NewUUID() }, "older disk"},
 		"below the floor":       {c.area, func(o *operation) { o.Header.Sequence = 9 }, "rolled back"},
-		"confirmed, and older":  {c.area, func(o *operation) { o.Header = dek.HeaderID{UUID: o.Header.UUID, Sequence: c.source.Header.Sequence + 1} }, "rolled back"},
-		"another key before":    {c.area, func(o *operation) { o.old = other.old }, "no header"},
-		"another copy of it":    {done.data, func(o *operation) { o.key = other.key }, "no header"},
-		"under another ID":      {done.data, func(o *operation) { o.ID = "test.cryptcsi.io/second" }, "no header"},
+		"confirmed, and older": {c.area, func(o *operation) {
+			o.Header = dek.HeaderID{UUID: o.Header.UUID, Sequence: c.source.Header.Sequence + 1}
+		}, "rolled back"},
+		"another key before": {c.area, func(o *operation) { o.old = other.old }, "no header"},
+		"another copy of it": {done.data, func(o *operation) { o.key = other.key }, "no header"},
+		"under another ID":   {done.data, func(o *operation) { o.ID = "test.cryptcsi.io/second" }, "no header"},
 	} {
 		for _, readOnly := range []bool{false, true} {
 			o := *c.operation

@@ -1,0 +1,80 @@
+package worker_test
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"testing"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/secret"
+)
+
+// asCopy makes the record one of a copy of the volume, whose disk it now is.
+func (f *fixture) asCopy() {
+	f.d.ID += "-copy"
+	f.d.State, f.d.Previous, f.d.Key = dek.Rotating, f.d.Key, secret.New(dek.Size)
+	copy(f.d.Key.Expose(), f.d.Previous.Expose())
+	f.d.Key.Expose()[0] ^= 1
+	f.d.Header.Sequence = 0
+}
+
+// Killed at a step of a copy's first opening, the next one finishes it: the data
+// is there, and only its own key opens it. CRASH_EVERY=1 tries every step.
+func TestKernelRotateKilledAtSteps(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newFixture(t, 24*mib, integrity)
+			f.made(t, "survives")
+			f.close(t)
+			f.asCopy()
+			rotating, header := f.d, readAt(t, f.v.Device, 0, 16*mib)
+			stride := 3
+			if os.Getenv("CRASH_EVERY") == "1" {
+				stride = 1
+			}
+			for step := 1; ; step += stride {
+				writeAt(t, f.v.Device, 0, header)
+				f.d = rotating
+				_, err := newMapper(t, step).Open(t.Context(), f.v, f.d)
+				m := f.open(t)
+				if m.Header.Fingerprint != dek.Fingerprint(f.d.Key) || string(readAt(t, m.Path, 0, 8)) != "survives" {
+					t.Fatalf("step %d: %+v", step, m)
+				}
+				f.close(t)
+				f.confirm(m)
+				f.d.Header.Fingerprint = ""
+				if m := f.open(t); string(readAt(t, m.Path, 0, 8)) != "survives" {
+					t.Fatalf("step %d: the data is gone", step)
+				}
+				f.close(t)
+				if err == nil {
+					if step < 10 {
+						t.Errorf("only %d steps", step-1)
+					}
+					t.Logf("up to step %d", step-stride)
+					break
+				}
+			}
+			for _, k := range []struct {
+				key   secret.Bytes
+				opens bool
+			}{{rotating.Key, true}, {rotating.Previous, false}} {
+				if cryptsetupOpens(t, f.v.Device, k.key) != k.opens {
+					t.Errorf("cryptsetup opens with that key: %v", !k.opens)
+				}
+			}
+			writeAt(t, f.v.Device, 0, header)
+			f.d.Previous = secret.Bytes{}
+			f.refused(t, errdefs.ErrState, "no header")
+		})
+	}
+}
+
+func cryptsetupOpens(t *testing.T, device string, key secret.Bytes) bool {
+	t.Helper()
+	cmd := exec.Command("cryptsetup", "open", "--test-passphrase", "--key-file=-", device)
+	cmd.Stdin = bytes.NewReader(key.Expose())
+	return cmd.Run() == nil
+}
