@@ -52,12 +52,18 @@ func BlockCapability() *csi.VolumeCapability {
 // a PersistentVolume. With a key service it also makes the volume's DEK, as a
 // controller does: the node must not.
 func (s *Stack) Create(ctx context.Context, name string, size int64, c *csi.VolumeCapability, extra map[string]string) (*Volume, error) {
-	resp, err := s.Controller.CreateVolume(ctx, &csi.CreateVolumeRequest{
+	return s.Provision(ctx, &csi.CreateVolumeRequest{
 		Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeCapabilities: []*csi.VolumeCapability{c},
-	})
+	}, extra)
+}
+
+// Provision is Create with a request of which everything can be chosen.
+func (s *Stack) Provision(ctx context.Context, req *csi.CreateVolumeRequest, extra map[string]string) (*Volume, error) {
+	resp, err := s.Controller.CreateVolume(ctx, req)
 	if err != nil {
 		return nil, fmt.Errorf("CreateVolume: %w", err)
 	}
+	name, c := req.GetName(), req.GetVolumeCapabilities()[0]
 	v := &Volume{s: s, ID: resp.GetVolume().GetVolumeId(), Capability: c, Context: map[string]string{}}
 	for _, m := range []map[string]string{resp.GetVolume().GetVolumeContext(), extra} {
 		maps.Copy(v.Context, m)
