@@ -211,7 +211,7 @@ func (h *Header) seal(raw []byte, key secret.Bytes) (*Header, error) {
 // With returns a copy of h whose token is t with the next sequence number,
 // sealed. Nothing else of the header changes.
 func (h *Header) With(t Token, key secret.Bytes) (*Header, error) {
-	t.Sequence = h.Token.Sequence + 1
+	t.Sequence, t.Version = h.Token.Sequence+1, h.want.version(t)
 	old := h.Copy.json.member("tokens").member("0")
 	if old == nil {
 		return nil, errors.New("the header has no token")

@@ -304,11 +304,10 @@ func (w Want) token(t *Token) form {
 		return nil
 	}
 	const most = 1<<63 - 1
-	want := int64(TokenVersion(w.Spec))
 	var version, sequence int64
 	fields := []field{
 		must("type", text(TokenType)),
-		must("version", number(want, want, &version)),
+		must("version", number(tokenVersion, cloneVersion, &version)),
 		must("dek_id", id),
 		must("keyslots", list(text("0"))),
 		must("sequence", number(1, most, &sequence)),
@@ -317,8 +316,9 @@ func (w Want) token(t *Token) form {
 		must("mac", encoded(macSize, &t.MAC)),
 	}
 	var g *Geometry
+	var grows *Growth
 	if w.Spec.Integrity == dek.IntegrityHMAC {
-		fields = append(fields, may("initialised", number(1, most, &t.Initialised)), may("integrity", geometry(&g)))
+		fields = append(fields, may("initialised", number(1, most, &t.Initialised)), may("integrity", geometry(&g)), may("growing", growth(&grows)))
 	}
 	if w.Spec.Layout == dek.LayoutClone {
 		fields = append(fields, may("reserved", number(1, most, &t.Reserved)), may("hydration", hydration(&t.Hydration)))
@@ -328,8 +328,11 @@ func (w Want) token(t *Token) form {
 			return err
 		}
 		t.Type, t.Version, t.Keyslots = TokenType, int(version), []string{"0"}
-		t.Sequence, t.Integrity = uint64(sequence), g
-		if t.Initialised > t.Size {
+		t.Sequence, t.Integrity, t.Growing = uint64(sequence), g, grows
+		switch {
+		case t.Version != w.version(*t):
+			return fmt.Errorf("%s.version is the number %d and must be the number %d", path, t.Version, w.version(*t))
+		case t.Initialised > t.Size:
 			return fmt.Errorf("%s says that %d of %d bytes were initialised", path, t.Initialised, t.Size)
 		}
 		if w.Spec.Layout == dek.LayoutClone {
@@ -337,7 +340,7 @@ func (w Want) token(t *Token) form {
 				return fmt.Errorf("%s: %w", path, err)
 			}
 		}
-		return nil
+		return t.checkGrowth(path)
 	}
 }
 
@@ -354,6 +357,42 @@ func (t *Token) sound() error {
 		return fmt.Errorf("a volume that is made has %d of %d bytes initialised and nothing hydrates it", t.Initialised, t.Size)
 	case h != nil && (h.Start != t.Initialised || h.Start%4096 != 0 || h.Start == t.Size):
 		return fmt.Errorf("hydration starts at %d, and %d of %d bytes were initialised", h.Start, t.Initialised, t.Size)
+	}
+	return nil
+}
+
+// version of a token is the lowest one that has its fields.
+func (w Want) version(t Token) int {
+	if t.Growing != nil {
+		return cloneVersion
+	}
+	return TokenVersion(w.Spec)
+}
+
+// growth is the form of a growth under way.
+func growth(into **Growth) form {
+	return func(path string, v *value) error {
+		var g Growth
+		*into = &g
+		return object(
+			must("sectors", number(1, 1<<54, &g.Sectors)),
+			must("size", number(1, 1<<63-1, &g.Size)),
+			may("done", number(1, 1<<63-1, &g.Done)),
+		)(path, v)
+	}
+}
+
+// checkGrowth: a volume that grows has all its tags, and all that it has and will
+// have lies within what dm-integrity will provide.
+func (t *Token) checkGrowth(path string) error {
+	g := t.Growing
+	switch {
+	case g == nil:
+		return nil
+	case t.Integrity == nil, t.Initialised != t.Size, t.Hydration != nil:
+		return fmt.Errorf("%s says that a volume grows which is not initialised", path)
+	case g.Sectors < t.Integrity.Sectors, g.Size <= t.Size, g.Size > g.Sectors*512, g.Done > g.Size-t.Size:
+		return fmt.Errorf("%s says that a volume of %d bytes in %d sectors grows to %d bytes in %d, and has %d of them", path, t.Size, t.Integrity.Sectors, g.Size, g.Sectors, g.Done)
 	}
 	return nil
 }

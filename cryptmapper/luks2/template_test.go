@@ -53,6 +53,8 @@ func TestAttacks(t *testing.T) {
 	const (
 		segment = `"iv_tweak":"0","encryption":"aes-xts-plain64"`
 		area    = `"encryption":"aes-xts-plain64","key_size":64`
+		rest    = `"dek_id":"test.cryptcsi.io/vol-1","sequence":7,"made":true,"size":41943040`
+		sealed  = `"version":1,` + rest
 		sheath  = `,"integrity":{"type":"hmac(sha256)","journal_encryption":"none","journal_integrity":"none"}`
 	)
 	for _, tt := range []struct{ name, old, new, words string }{
@@ -108,7 +110,16 @@ func TestAttacks(t *testing.T) {
 		{"no token", `"tokens":{"0":{"type":"cryptcsi"`, `"tokens":{},"x":{"0":{"type":"cryptcsi"`, `tokens is empty: the header was not made by cryptcsi`},
 		{"token of no keyslot", `"keyslots":["0"],"version"`, `"keyslots":[],"version"`, `tokens.0.keyslots has 0 items and must have 1`},
 		{"another volume", `"dek_id":"test.cryptcsi.io/vol-1"`, `"dek_id":"test.cryptcsi.io/vol-2"`, `it belongs to "test.cryptcsi.io/vol-2", not to test.cryptcsi.io/vol-1`},
-		{"token of the future", `"version":1`, `"version":2,"new":{}`, `tokens.0.version is the number 2 and must be the number 1`},
+		{"token of the future", `"version":1`, `"version":3,"new":{}`, `tokens.0.version is the number 3 and must be a number from 1 to 2`},
+		{"growth without its version", `"initialised":41943040,`, `"initialised":41943040,"growing":{"sectors":90000,"size":42000384},`, `tokens.0.version is the number 1 and must be the number 2`},
+		{"the version of a growth without one", `"version":1`, `"version":2`, `tokens.0.version is the number 2 and must be the number 1`},
+		{"growth where there is no integrity", `"size":50565120`, `"size":50565120,"growing":{"sectors":90000,"size":50569216}`, `tokens.0.growing is there and must not be`},
+		{"growth to less", sealed, `"growing":{"sectors":90000,"size":41943040},"version":2,` + rest, `grows to 41943040 bytes in 90000`},
+		{"growth in fewer sectors", sealed, `"growing":{"sectors":80000,"size":41943041},"version":2,` + rest, `grows to 41943041 bytes in 80000`},
+		{"growth beyond what there will be", sealed, `"growing":{"sectors":90000,"size":46080001},"version":2,` + rest, `grows to 46080001 bytes in 90000`},
+		{"growth that has more than there will be", sealed, `"growing":{"sectors":90000,"size":41943041,"done":2},"version":2,` + rest, `and has 2 of them`},
+		{"growth of what has no tags", `"version":1,"dek_id":"test.cryptcsi.io/vol-1","sequence":7,"made":true,"size":41943040,"initialised":4`, `"growing":{"sectors":90000,"size":41943041},"version":2,"dek_id":"test.cryptcsi.io/vol-1","sequence":7,"made":true,"size":41943040,"initialised":3`, `grows which is not initialised`},
+		{"growth with more", sealed, `"growing":{"sectors":90000,"size":41943041,"x":1},"version":2,` + rest, `tokens.0.growing.x is there and must not be`},
 		{"unknown field of the token", `"made":`, `"hydrated":1,"made":`, `tokens.0.hydrated is there and must not be`},
 		{"geometry where there is no integrity", `"size":50565120`, `"size":50565120,"initialised":5`, `tokens.0.initialised is there and must not be`},
 		{"geometry with more", `"tag_size":32`, `"tag_size":32,"x":1`, `tokens.0.integrity.x is there and must not be`},

@@ -19,7 +19,8 @@ import (
 const TokenType = "cryptcsi"
 
 // tokenVersion is the version of Token, and cloneVersion that of volumes with
-// the layout dek.LayoutClone. The MAC's input is the same.
+// the layout dek.LayoutClone, and of every volume while it grows with integrity.
+// The MAC's input is the same.
 const (
 	tokenVersion = 1
 	cloneVersion = 2
@@ -64,6 +65,9 @@ type Token struct {
 	// Integrity holds the dm-integrity geometry, which the unauthenticated
 	// superblock on the disk must agree with.
 	Integrity *Geometry `json:"integrity,omitempty"`
+	// Growing is what an integrity volume is growing to; nil otherwise. Size
+	// and Integrity stay what they were until all of it can be used.
+	Growing *Growth `json:"growing,omitempty"`
 	// MAC is the base64 of HMAC-SHA-256 over the header, see sum.
 	MAC string `json:"mac"`
 }
@@ -80,6 +84,14 @@ type Geometry struct {
 	TagSize        int   `json:"tag_size"`
 	JournalSectors int64 `json:"journal_sectors"`
 	Interleave     int   `json:"interleave_sectors"`
+}
+
+// Growth is an integrity volume's growth under way.
+type Growth struct {
+	Sectors int64 `json:"sectors"` // that the dm-integrity layer is to provide
+	Size    int64 `json:"size"`    // of the volume then
+	// Done bytes behind the volume's present size have their tags.
+	Done int64 `json:"done,omitempty"`
 }
 
 // macSize is the length of the MAC in bytes.
