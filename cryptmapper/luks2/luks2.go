@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"os"
 	"slices"
 
@@ -230,6 +231,9 @@ func (h *Header) With(t Token, key secret.Bytes) (*Header, error) {
 
 // SectorSize is that of the encryption, 512 or 4096 bytes.
 func (h *Header) SectorSize() int { return h.sectorSize }
+
+// PerBlock is how many sectors of 512 bytes such a sector has, as a power of two.
+func (h *Header) PerBlock() byte { return byte(bits.TrailingZeros(uint(h.sectorSize / 512))) }
 
 // ID returns the header's identity.
 func (h *Header) ID() dek.HeaderID {

@@ -82,6 +82,23 @@ func (o *operation) load(dev *device, h *luks2.Header) (*luks, func(), error) {
 // out of this thread's keyring when the table is loaded.
 func (o *operation) makeReadOnly(d *luks, h *luks2.Header) error {
 	name := o.Volume.Name
+	table, err := dm.Table(name)
+	if err != nil || len(table) != 1 {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "table of mapping %s: %w", name, err)
+	}
+	err = o.withVolumeKey(d, h, func() error { return dm.Load(name, table, true) })
+	if err == nil {
+		err = dm.Resume(name)
+	}
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
+	}
+	return nil
+}
+
+// withVolumeKey does something while the volume key is in this thread's keyring,
+// where dm-crypt takes it from when a table is loaded.
+func (o *operation) withVolumeKey(d *luks, h *luks2.Header, do func() error) error {
 	vk, err := d.volumeKey(o.key)
 	if err != nil {
 		return classify(err, "fetching the volume key")
@@ -93,20 +110,7 @@ func (o *operation) makeReadOnly(d *luks, h *luks2.Header) error {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "putting the volume key into the keyring: %w", err)
 	}
 	defer func() { _, _ = unix.KeyctlInt(unix.KEYCTL_UNLINK, id, unix.KEY_SPEC_THREAD_KEYRING, 0, 0) }()
-	table, err := dm.Table(name)
-	if err != nil || len(table) != 1 {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "table of mapping %s: %w", name, err)
-	}
-	if err := dm.Load(name, table, true); err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
-	}
-	if err := dm.Suspend(name); err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
-	}
-	if err := dm.Resume(name); err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "making mapping %s read-only: %w", name, err)
-	}
-	return nil
+	return do()
 }
 
 // markMade is Mapper.MarkMade.
@@ -135,12 +139,22 @@ func (o *operation) resize(l *lock) (cryptmapper.Mapping, error) {
 		return cryptmapper.Mapping{}, err
 	}
 	defer dev.close()
-	if o.Spec.Integrity != dek.IntegrityNone {
-		return cryptmapper.Mapping{}, errdefs.Errorf(errdefs.ErrInvalid, "a volume with integrity cannot grow yet: copy it to a larger one")
+	if o.Spec.Integrity == dek.IntegrityNone {
+		h, err = o.fill(dev, h)
+	} else {
+		h, err = o.growSealed(dev, h)
 	}
-	s, err := cryptmapper.ReadStack(o.Volume.Name)
 	if err != nil {
 		return cryptmapper.Mapping{}, err
+	}
+	return o.describe(dev, h)
+}
+
+// fill lets a volume without integrity fill its device.
+func (o *operation) fill(dev *device, h *luks2.Header) (*luks2.Header, error) {
+	s, err := cryptmapper.ReadStack(o.Volume.Name)
+	if err != nil {
+		return nil, err
 	}
 	sector := int64(512)
 	if strings.Contains(strings.Join(s.Crypt.Options, " "), "sector_size:4096") {
@@ -149,16 +163,14 @@ func (o *operation) resize(l *lock) (cryptmapper.Mapping, error) {
 	size := (dev.size - luks2.DataOffset) / sector * sector
 	if s.Crypt.Length*512 < size {
 		if err := o.grow(dev, h); err != nil {
-			return cryptmapper.Mapping{}, err
+			return nil, err
 		}
 		o.step("mapping grown")
 	}
-	if h.Token.Size < size {
-		if h, err = o.update(dev, h, func(t *luks2.Token) { t.Size = size }); err != nil {
-			return cryptmapper.Mapping{}, err
-		}
+	if h.Token.Size >= size {
+		return h, nil
 	}
-	return o.describe(dev, h)
+	return o.update(dev, h, func(t *luks2.Token) { t.Size = size })
 }
 
 // grow lets libcryptsetup reload the table. The key has to be in this thread's
@@ -265,8 +277,10 @@ func resumeAll(name string) error {
 		if err != nil || !info.Suspended {
 			continue
 		}
-		if err := dm.Resume(n); err != nil {
-			return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+		if err := swap(n); err != nil {
+			if info, _ := dm.Status(n); info.Suspended {
+				return err
+			}
 		}
 	}
 	return nil

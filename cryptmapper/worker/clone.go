@@ -443,7 +443,9 @@ func (o *operation) verifyTop(t luks2.Token, s cryptmapper.Stack, differ func(wh
 		return err
 	}
 	differ("table", fmt.Sprint(s.Lines), fmt.Sprint(lines))
-	differ("authenticated size", s.Crypt.Length*512, t.Size+t.Reserved)
+	if t.Growing == nil || s.Crypt.Length != t.Growing.Sectors {
+		differ("authenticated size", s.Crypt.Length*512, t.Size+t.Reserved)
+	}
 	differ("discard", discards(s.Top.Number), "0")
 	differ("dm-clone", s.Clone != nil, t.Hydration != nil)
 	if s.Clone == nil || t.Hydration == nil {
@@ -464,7 +466,7 @@ func (o *operation) verifyTop(t luks2.Token, s cryptmapper.Stack, differ func(wh
 // cut on the way there.
 func (o *operation) settle(dev *device, h *luks2.Header) (*luks2.Header, error) {
 	if !o.cloned() {
-		return h, nil
+		return h, o.catchUp(dev, h)
 	}
 	if h.Token.Hydration == nil {
 		if err := o.setTop(h.Token); err != nil {

@@ -47,8 +47,7 @@ func (o *operation) validSpec() error {
 
 // checkIntegrity looks at the superblock of dm-integrity before the kernel
 // obeys it. Of a volume that Constellation made it can only be held against
-// itself and the device: for one that has grown the kernel would write another
-// size into it, and hand out sectors without tags.
+// itself and the device.
 func (o *operation) checkIntegrity(dev *device, h *luks2.Header) error {
 	g := h.Token.Integrity
 	if g == nil && o.constellation() && o.Spec.Integrity != dek.IntegrityNone {
@@ -61,14 +60,29 @@ func (o *operation) checkIntegrity(dev *device, h *luks2.Header) error {
 	if g == nil {
 		return nil
 	}
-	return checkSuperblock(dev, *g)
+	if err := checkSuperblock(dev, *g); err != nil {
+		return err
+	}
+	if o.constellation() {
+		return o.notGrown(dev, *g)
+	}
+	return pinSuperblock(dev, *g)
+}
+
+// notGrown refuses a grown device of a volume that has no token of ours: after
+// the kernel had looked at it nothing would tell how long the volume was.
+func (o *operation) notGrown(dev *device, g luks2.Geometry) error {
+	if provided(dev, g, 3) > g.Sectors {
+		return errdefs.Errorf(errdefs.ErrState, "device %s has grown to %d bytes: a volume that Constellation made with integrity cannot grow, and nothing was changed on it; give it back its size, or copy the data", dev.number, dev.size)
+	}
+	return nil
 }
 
 // claimedGeometry is what the superblock says.
 func claimedGeometry(dev *device) (luks2.Geometry, error) {
-	b := make([]byte, 512)
-	if _, err := dev.file.ReadAt(b, luks2.DataOffset); err != nil {
-		return luks2.Geometry{}, errdefs.Errorf(errdefs.ErrUnavailable, "reading the dm-integrity superblock of device %s: %w", dev.number, err)
+	b, err := readSuperblock(dev)
+	if err != nil {
+		return luks2.Geometry{}, err
 	}
 	little := binary.LittleEndian
 	g := luks2.Geometry{TagSize: int(little.Uint16(b[10:])), Interleave: 1 << min(b[9], 31), Sectors: int64(little.Uint64(b[16:]))}

@@ -122,28 +122,36 @@ func (o *operation) initialise(l *lock, dev *device, h *luks2.Header) (*luks2.He
 			return nil, err
 		}
 	}
-	size := h.Token.Size
-	// Small enough at first for the slowest device to finish one within a
-	// deadline, larger as long as they are quick.
-	for chunk := int64(8 << 20); h.Token.Initialised < size; {
-		began := time.Now()
-		done := min(h.Token.Initialised+chunk, size)
-		if err := wipe(dm.Path(o.lower()), h.Token.Initialised, done-h.Token.Initialised); err != nil {
-			return nil, err
+	err = o.inPieces(h.Token.Initialised, h.Token.Size, "initialising the integrity tags", func(from, to int64) error {
+		if err := wipe(dm.Path(o.lower()), from, to-from); err != nil {
+			return err
 		}
 		o.step("chunk initialised")
-		if h, err = o.update(dev, h, func(t *luks2.Token) { t.Initialised = done }); err != nil {
-			return nil, err
+		h, err = o.update(dev, h, func(t *luks2.Token) { t.Initialised = to })
+		return err
+	})
+	return h, err
+}
+
+// inPieces does something to the bytes from done to size: in pieces that are
+// small enough at first for the slowest device to finish one within a deadline,
+// and larger as long as they are quick.
+func (o *operation) inPieces(done, size int64, doing string, piece func(from, to int64) error) error {
+	for chunk := int64(8 << 20); done < size; {
+		began, to := time.Now(), min(done+chunk, size)
+		if err := piece(done, to); err != nil {
+			return err
 		}
+		done = to
 		took := time.Since(began)
 		if done < size && !o.Deadline.IsZero() && time.Until(o.Deadline) < 3*took+time.Second {
-			return nil, errdefs.Errorf(errdefs.ErrUnavailable, "initialising the integrity tags, %d %% done; the next try goes on from there", 100*done/size)
+			return errdefs.Errorf(errdefs.ErrUnavailable, "%s, %d %% done; the next try goes on from there", doing, 100*done/size)
 		}
 		if took < 2*time.Second {
 			chunk *= 2
 		}
 	}
-	return h, nil
+	return nil
 }
 
 // wipe writes zeros through a mapping and makes them durable.

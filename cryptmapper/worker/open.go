@@ -277,11 +277,16 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 		differ("integrity mode", s.Integrity.Mode, "J")
 		if o.constellation() {
 			differ("integrity geometry possible", possible(s.Integrity, dev.size), true)
-		} else {
-			differ("integrity geometry", geometry(s.Integrity), *t.Integrity)
+		} else if got := geometry(s.Integrity); t.Growing == nil || got != grown(t) {
+			differ("integrity geometry", got, *t.Integrity)
 		}
+		differ("integrity sectors enough", s.Integrity.Provided >= s.Integrity.Length, true)
 		differ("integrity options", strings.Join(s.Integrity.Options, " "), integrityLayerOptions)
-		differ("size", s.Crypt.Length, s.Integrity.Provided)
+		if o.constellation() {
+			differ("size", s.Crypt.Length, s.Integrity.Provided)
+		} else if !o.cloned() {
+			differ("size", s.Crypt.Length*512, t.Size)
+		}
 		if err := o.verifyTop(t, s, differ); err != nil {
 			return err
 		}
@@ -306,8 +311,10 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 	return nil
 }
 
+// geometry is what the table shows. What the layer could provide beyond that is
+// not the volume's.
 func geometry(i *cryptmapper.IntegrityTable) luks2.Geometry {
-	return luks2.Geometry{Sectors: i.Provided, TagSize: i.TagSize, JournalSectors: i.JournalSectors, Interleave: i.Interleave}
+	return luks2.Geometry{Sectors: i.Length, TagSize: i.TagSize, JournalSectors: i.JournalSectors, Interleave: i.Interleave}
 }
 
 // describe returns the mapping as Mapper's callers see it.

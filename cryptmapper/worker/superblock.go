@@ -3,6 +3,10 @@ package worker
 import (
 	"encoding/binary"
 	"fmt"
+	"os"
+	"sort"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -26,11 +30,14 @@ const (
 )
 
 // checkSuperblock fails where the superblock is not the one that g tells of, or
-// the device has another length than it had when it was made.
+// the device is too short for it. On a device that has grown the kernel writes
+// the larger number of sectors into the superblock, as often as it is loaded; it
+// takes the number from the device and uses it for nothing. The number counts
+// for libcryptsetup alone, which makes the mapping so long: see pinSuperblock.
 func checkSuperblock(dev *device, g luks2.Geometry) error {
-	b := make([]byte, 512)
-	if _, err := dev.file.ReadAt(b, luks2.DataOffset); err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "reading the dm-integrity superblock of device %s: %w", dev.number, err)
+	b, err := readSuperblock(dev)
+	if err != nil {
+		return err
 	}
 	changed := func(format string, args ...any) error {
 		return errdefs.Errorf(errdefs.ErrState, "the dm-integrity superblock of device %s was changed: %s", dev.number, fmt.Sprintf(format, args...))
@@ -53,18 +60,67 @@ func checkSuperblock(dev *device, g luks2.Geometry) error {
 		return changed("it interleaves 2^%d sectors, must be %d", b[9], g.Interleave)
 	case int64(sections)*journalSection(g, perBlock) != g.JournalSectors:
 		return changed("its journal has %d sections, must have %d sectors", sections, g.JournalSectors)
-	case sectors != uint64(g.Sectors):
-		return changed("it provides %d sectors and must provide %d", sectors, g.Sectors)
 	}
-	device := dev.size/512 - luks2.DataOffset/512
-	if need := lastSector(g, perBlock, g.Sectors-1); need >= device {
+	if need := lastSector(g, perBlock, g.Sectors-1); need >= dev.area() {
 		return errdefs.Errorf(errdefs.ErrState, "device %s has %d bytes, the volume needs %d: it was shrunk or another one was put in its place", dev.number, dev.size, luks2.DataOffset+(need+1)*512)
 	}
-	// The kernel would write the larger size into the superblock.
-	if lastSector(g, perBlock, g.Sectors+lengthUnit-1) < device {
-		return errdefs.Errorf(errdefs.ErrState, "device %s has grown to %d bytes: a volume with integrity cannot grow yet, and nothing was changed on it; give it back its size", dev.number, dev.size)
+	if most := provided(dev, g, perBlock); sectors < uint64(g.Sectors) || sectors > uint64(most) {
+		return changed("it provides %d sectors and must provide %d", sectors, g.Sectors)
 	}
 	return nil
+}
+
+// area is what dm-integrity has of the device, in sectors.
+func (d *device) area() int64 { return d.size/512 - luks2.DataOffset/512 }
+
+// provided is how many sectors the kernel makes of the device as it is now.
+func provided(dev *device, g luks2.Geometry, perBlock byte) int64 {
+	units := sort.Search(int(dev.area()/lengthUnit), func(n int) bool {
+		return lastSector(g, perBlock, int64(n+1)*lengthUnit-1) >= dev.area()
+	})
+	return int64(units) * lengthUnit
+}
+
+// pinSuperblock puts g's number of sectors into a superblock that was checked
+// and has a larger one, so that libcryptsetup makes the mapping no longer than
+// the token says, however much the device has grown.
+func pinSuperblock(dev *device, g luks2.Geometry) error {
+	b, err := readSuperblock(dev)
+	if err != nil || binary.LittleEndian.Uint64(b[16:]) == uint64(g.Sectors) {
+		return err
+	}
+	binary.LittleEndian.PutUint64(b[16:], uint64(g.Sectors))
+	file, err := dev.direct(unix.O_RDWR)
+	if err == nil {
+		defer func() { _ = file.Close() }()
+		if _, err = file.WriteAt(b, luks2.DataOffset); err == nil {
+			err = file.Sync()
+		}
+	}
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "writing the dm-integrity superblock of device %s: %w", dev.number, err)
+	}
+	return nil
+}
+
+// readSuperblock reads it past the page cache, which does not see what the
+// kernel writes.
+func readSuperblock(dev *device) ([]byte, error) {
+	file, err := dev.direct(unix.O_RDONLY)
+	b := aligned(superblockSectors * 512)
+	if err == nil {
+		defer func() { _ = file.Close() }()
+		_, err = file.ReadAt(b, luks2.DataOffset)
+	}
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "reading the dm-integrity superblock of device %s: %w", dev.number, err)
+	}
+	return b, nil
+}
+
+// direct opens the device once more, without the page cache.
+func (d *device) direct(mode int) (*os.File, error) {
+	return os.OpenFile(d.path(), mode|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 }
 
 // journalSection is the length of one section of the journal, in sectors: a
