@@ -150,13 +150,16 @@ func (o *operation) plan(dev *device, h *luks2.Header, clone bool) (*luks2.Heade
 }
 
 // zeroArea makes the metadata area zeros, with tags.
-func (o *operation) zeroArea(t luks2.Token) error {
+func (o *operation) zeroArea(t luks2.Token) error { return o.zeroes(t.Size, t.Reserved) }
+
+// zeroes writes zeros, with tags, where no volume is or shows them.
+func (o *operation) zeroes(offset, length int64) error {
 	file, err := os.OpenFile(dm.Path(o.lower()), os.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "wiping the metadata area: %w", err)
 	}
 	defer func() { _ = file.Close() }()
-	if err := zero(file, t.Size, t.Reserved); err != nil {
+	if err := zero(file, offset, length); err != nil {
 		return err
 	}
 	o.step("metadata area wiped")
