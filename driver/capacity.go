@@ -24,11 +24,53 @@ const (
 	integrityRounded = 1 << 20 // superblock and padding; and all in whole MiB
 )
 
+// What dm-clone's metadata take at the end of what is authenticated: twice a
+// bit for each region, and some room. The regions of larger volumes are larger.
+const (
+	smallRegions, mediumRegions = 256 << 30, 1 << 40 // up to these lengths
+	cloneRoom                   = 2 << 20
+)
+
+// CloneArea is the size of that area where length bytes are authenticated.
+func CloneArea(length int64) int64 {
+	region := int64(64 << 10)
+	switch {
+	case length <= smallRegions:
+		region = 4 << 10
+	case length <= mediumRegions:
+		region = 16 << 10
+	}
+	regions := (length + region - 1) / region
+	return (2*((regions+7)/8) + cloneRoom + 4095) / 4096 * 4096
+}
+
+// withCloneArea is what has to be authenticated so that size bytes are left. It
+// takes as much as shorter ones do, so that more is never had for less.
+func withCloneArea(size int64) int64 {
+	area := func(length int64) int64 {
+		most := CloneArea(length)
+		for _, step := range []int64{smallRegions, mediumRegions} {
+			if length > step {
+				most = max(most, CloneArea(step))
+			}
+		}
+		return most
+	}
+	length := size
+	for length-area(length) < size {
+		length = size + area(length)
+	}
+	return length
+}
+
 // deviceSize is the size of a device whose mapping has at least size bytes.
-func deviceSize(size int64, integrity dek.Integrity) int64 {
+func deviceSize(size int64, spec dek.Spec) int64 {
 	size = max(size, minimumData)
-	if integrity == dek.IntegrityNone {
+	if spec.Integrity == dek.IntegrityNone {
 		return size + headerArea
+	}
+	if spec.Layout == dek.LayoutClone {
+		size = withCloneArea(size)
 	}
 	runs := (size + integrityRun - 1) / integrityRun
 	data := size + runs*integrityTags
@@ -38,21 +80,21 @@ func deviceSize(size int64, integrity dek.Integrity) int64 {
 }
 
 // usableSize is the inverse: what the mapping on a device has at least.
-func usableSize(device int64, integrity dek.Integrity) int64 {
+func usableSize(device int64, spec dek.Spec) int64 {
 	if device >= maxVolume {
 		return device
 	}
-	if integrity == dek.IntegrityNone {
+	if spec.Integrity == dek.IntegrityNone {
 		return max(0, device-headerArea)
 	}
 	const step = 4096
-	n := sort.Search(int(max(0, device)/step)+1, func(n int) bool { return deviceSize(int64(n)*step, integrity) > device })
+	n := sort.Search(int(max(0, device)/step)+1, func(n int) bool { return deviceSize(int64(n)*step, spec) > device })
 	return max(0, int64(n)-1) * step
 }
 
 // deviceRange is the range to ask the wrapped driver for. ErrInvalid where the
 // range makes no sense.
-func deviceRange(r *csi.CapacityRange, integrity dek.Integrity) (*csi.CapacityRange, error) {
+func deviceRange(r *csi.CapacityRange, spec dek.Spec) (*csi.CapacityRange, error) {
 	if r == nil {
 		return nil, nil
 	}
@@ -61,10 +103,10 @@ func deviceRange(r *csi.CapacityRange, integrity dek.Integrity) (*csi.CapacityRa
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "capacity range from %d to %d bytes makes no sense", required, limit)
 	}
 	if required > 0 {
-		required = deviceSize(required, integrity)
+		required = deviceSize(required, spec)
 	}
 	if limit > 0 && limit <= maxVolume {
-		limit = deviceSize(limit, integrity)
+		limit = deviceSize(limit, spec)
 	}
 	return &csi.CapacityRange{RequiredBytes: required, LimitBytes: limit}, nil
 }

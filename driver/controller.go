@@ -207,12 +207,12 @@ func (c controller) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest
 		return nil, err
 	}
 	out := proto.CloneOf(resp)
-	out.AvailableCapacity = usableSize(resp.GetAvailableCapacity(), wish.integrity)
+	out.AvailableCapacity = usableSize(resp.GetAvailableCapacity(), wish.spec)
 	if out.MaximumVolumeSize != nil {
-		out.MaximumVolumeSize.Value = usableSize(resp.GetMaximumVolumeSize().GetValue(), wish.integrity)
+		out.MaximumVolumeSize.Value = usableSize(resp.GetMaximumVolumeSize().GetValue(), wish.spec)
 	}
 	if out.MinimumVolumeSize != nil {
-		out.MinimumVolumeSize.Value = max(1, usableSize(resp.GetMinimumVolumeSize().GetValue(), wish.integrity))
+		out.MinimumVolumeSize.Value = max(1, usableSize(resp.GetMinimumVolumeSize().GetValue(), wish.spec))
 	}
 	return out, nil
 }
@@ -230,7 +230,7 @@ func (c controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest
 	out := proto.CloneOf(resp)
 	for _, e := range out.GetEntries() {
 		if v := e.GetVolume(); v != nil {
-			v.CapacityBytes = usableSize(v.GetCapacityBytes(), dek.IntegrityNone)
+			v.CapacityBytes = usableSize(v.GetCapacityBytes(), dek.Spec{})
 		}
 	}
 	return out, nil
@@ -253,7 +253,7 @@ func (c controller) ControllerGetVolume(ctx context.Context, req *csi.Controller
 		return resp, err
 	}
 	out := proto.CloneOf(resp)
-	out.Volume.CapacityBytes = usableSize(resp.GetVolume().GetCapacityBytes(), d.Spec.Integrity)
+	out.Volume.CapacityBytes = usableSize(resp.GetVolume().GetCapacityBytes(), d.Spec)
 	return out, nil
 }
 

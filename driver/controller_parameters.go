@@ -11,41 +11,86 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
-// keyCipher is the parameter that names the cipher.
-const keyCipher = KeyPrefix + "cipher"
+// Parameters that are not entries of a volume context too.
+const (
+	keyCipher = KeyPrefix + "cipher"
+	keyInit   = KeyPrefix + "integrity-init" // InitClone or InitWipe
+)
+
+// noIntegrity is the value that asks for none.
+const noIntegrity = "none"
 
 // maxContext is what the CSI specification lets a map of strings have, keys
 // and values together, in bytes.
 const maxContext = 4 << 10
 
-// readParameters takes what is ours out of a StorageClass's parameters: the
-// integrity asked for, and the rest for the wrapped driver. ErrInvalid names the
-// parameter that is not good: one that nobody acts on might be taken for
-// protection that is not there.
-func readParameters(parameters map[string]string) (integrity dek.Integrity, asked bool, rest map[string]string, err error) {
-	invalid := func(format string, args ...any) (dek.Integrity, bool, map[string]string, error) {
-		return "", false, nil, errdefs.Errorf(errdefs.ErrInvalid, "parameter "+format, args...)
+// How the sectors of a new volume with integrity get their tags.
+const (
+	InitClone = "clone" // while it is in use already, see dek.LayoutClone
+	InitWipe  = "wipe"  // written in full before it is first used
+)
+
+// LayoutOf returns the layout that one of these asks for.
+func LayoutOf(init string) (layout string, known bool) {
+	if init == InitClone {
+		return dek.LayoutClone, true
+	}
+	return "", init == InitWipe
+}
+
+// class is what a StorageClass's parameters say.
+type class struct {
+	integrity, init string            // "" where they do not say
+	rest            map[string]string // for the wrapped driver
+}
+
+// readParameters takes what is ours out of a StorageClass's parameters.
+// ErrInvalid names the parameter that is not good: one that nobody acts on
+// might be taken for protection that is not there.
+func readParameters(parameters map[string]string) (class, error) {
+	c := class{rest: foreign(parameters)}
+	invalid := func(format string, args ...any) (class, error) {
+		return class{}, errdefs.Errorf(errdefs.ErrInvalid, "parameter "+format, args...)
 	}
 	for key, value := range parameters {
 		switch {
-		case key == keyIntegrity && value == string(dek.IntegrityHMAC):
-			integrity, asked = dek.IntegrityHMAC, true
-		case key == keyIntegrity && value == "none":
-			asked = true
+		case key == keyIntegrity && (value == string(dek.IntegrityHMAC) || value == noIntegrity):
+			c.integrity = value
 		case key == keyIntegrity:
-			return invalid("%s: %q is not offered: %q or %q", key, value, dek.IntegrityHMAC, "none")
+			return invalid("%s: %q is not offered: %q or %q", key, value, dek.IntegrityHMAC, noIntegrity)
+		case key == keyInit && (value == InitClone || value == InitWipe):
+			c.init = value
+		case key == keyInit:
+			return invalid("%s: %q is not offered: %q or %q", key, value, InitClone, InitWipe)
 		case key == keyCipher && value == dek.CipherXTS:
 		case key == keyCipher:
 			return invalid("%s: %q is not offered: only %q", key, value, dek.CipherXTS)
 		case key == KeyPrefix+"mkfs-options" || key == KeyPrefix+"discard":
 			return invalid("%s is not offered by this version", key)
 		case strings.HasPrefix(key, KeyPrefix):
-			return invalid("%s is not known: there are %s and %s", key, keyIntegrity, keyCipher)
+			return invalid("%s is not known: there are %s, %s and %s", key, keyIntegrity, keyInit, keyCipher)
 		case strings.Contains(strings.ToLower(key), "cryptcsi"):
 			return invalid("%s is not ours, though it looks so: ours begin with %s", key, KeyPrefix)
 		}
 	}
-	return integrity, asked, foreign(parameters), nil
+	return c, nil
+}
+
+// spec is what a volume of that class has to be, without its name; byType says
+// that the filesystem's name asks for integrity.
+func (c class) spec(byType bool) (dek.Spec, error) {
+	spec := dek.Spec{Cipher: dek.CipherXTS}
+	if c.integrity == string(dek.IntegrityHMAC) || byType {
+		spec.Integrity = dek.IntegrityHMAC
+		if c.init != InitWipe {
+			spec.Layout = dek.LayoutClone
+		}
+		return spec, nil
+	}
+	if c.init != "" {
+		return spec, errdefs.Errorf(errdefs.ErrInvalid, "parameter %s says how a volume with integrity is initialised, and this one has none: set %s to %q", keyInit, keyIntegrity, dek.IntegrityHMAC)
+	}
+	return spec, nil
 }
 
 // noneOfOurs refuses parameters of ours where none can be.
@@ -58,7 +103,7 @@ func noneOfOurs(what string, parameters map[string]string) error {
 
 // wish is what a controller's request asks of a volume.
 type wish struct {
-	integrity    dek.Integrity
+	spec         dek.Spec                // without a name
 	parameters   map[string]string       // the wrapped driver's
 	capabilities []*csi.VolumeCapability // as the wrapped driver gets them
 }
@@ -66,31 +111,33 @@ type wish struct {
 // readWish reads parameters and capabilities together: integrity can be asked
 // for in both. Its errors are ErrInvalid.
 func (c *Controller) readWish(parameters map[string]string, capabilities []*csi.VolumeCapability) (wish, error) {
-	integrity, asked, rest, err := readParameters(parameters)
+	class, err := readParameters(parameters)
 	if err != nil {
 		return wish{}, err
 	}
-	if err := c.wrapped.profile.refuses(rest); err != nil {
+	if err := c.wrapped.profile.refuses(class.rest); err != nil {
 		return wish{}, err
 	}
-	w := wish{integrity: integrity, parameters: rest}
+	w := wish{parameters: class.rest}
 	wants := make([]intent, len(capabilities))
+	integrity := false
 	for i, capability := range capabilities {
 		want, byType, err := readCapability(capability)
 		if err != nil {
 			return wish{}, err
 		}
-		if byType && asked && integrity == dek.IntegrityNone {
-			return wish{}, errdefs.Errorf(errdefs.ErrInvalid, "the filesystem's name %q asks for integrity, and %s says %q", capability.GetMount().GetFsType(), keyIntegrity, "none")
+		if byType && class.integrity == noIntegrity {
+			return wish{}, errdefs.Errorf(errdefs.ErrInvalid, "the filesystem's name %q asks for integrity, and %s says %q", capability.GetMount().GetFsType(), keyIntegrity, noIntegrity)
 		}
-		if byType {
-			w.integrity = dek.IntegrityHMAC
-		}
+		integrity = integrity || byType
 		wants[i] = want
 		w.capabilities = append(w.capabilities, c.inner(capability, want))
 	}
+	if w.spec, err = class.spec(integrity); err != nil {
+		return wish{}, err
+	}
 	for _, want := range wants {
-		if err := checkSharing(want, w.integrity, c.wrapped.profile); err != nil {
+		if err := checkSharing(want, w.spec.Integrity, c.wrapped.profile); err != nil {
 			return wish{}, err
 		}
 	}

@@ -33,6 +33,9 @@ func (c controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeReque
 	if err := p.checkSource(ctx); err != nil {
 		return nil, err
 	}
+	if p.inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), p.spec); err != nil {
+		return nil, err
+	}
 	resp, err := call(ctx, c.wrapped, "CreateVolume", func(ctx context.Context) (*csi.CreateVolumeResponse, error) {
 		return c.wrapped.controller.CreateVolume(ctx, p.inner)
 	})
@@ -62,15 +65,13 @@ func (c *Controller) newProvisioning(req *csi.CreateVolumeRequest) (*provisionin
 	}
 	p := &provisioning{
 		Controller: c, inner: proto.CloneOf(req), limit: req.GetCapacityRange().GetLimitBytes(),
-		spec: dek.Spec{Name: req.GetName(), Cipher: dek.CipherXTS, Integrity: wish.integrity},
+		spec: wish.spec,
 	}
+	p.spec.Name = req.GetName()
 	if err := p.spec.Validate(); err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
 	}
 	p.inner.Parameters, p.inner.VolumeCapabilities = wish.parameters, wish.capabilities
-	if p.inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), wish.integrity); err != nil {
-		return nil, err
-	}
 	return p, p.readSource(req.GetVolumeContentSource())
 }
 
@@ -92,7 +93,8 @@ func (p *provisioning) readSource(s *csi.VolumeContentSource) (err error) {
 	return nil
 }
 
-// checkSource refuses a copy that could not be opened, before there is one.
+// checkSource refuses a copy that could not be opened, before there is one. A
+// copy is laid out as its source, whatever is asked for new volumes.
 func (p *provisioning) checkSource(ctx context.Context) error {
 	if p.source == "" {
 		return nil
@@ -106,6 +108,7 @@ func (p *provisioning) checkSource(ctx context.Context) error {
 	case d.Spec.Integrity != p.spec.Integrity:
 		return errdefs.Errorf(errdefs.ErrInvalid, "%s has integrity %q, and a copy of its disk cannot have %q: use a StorageClass with the same %s", p.source, d.Spec.Integrity, p.spec.Integrity, keyIntegrity)
 	}
+	p.spec.Layout = d.Spec.Layout
 	return settled(p.source, d, "copied")
 }
 
@@ -136,7 +139,7 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 	if out.Volume.VolumeContext, err = volumeContext(resp.GetVolume().GetVolumeContext(), p.spec.Integrity); err != nil {
 		return nil, err
 	}
-	out.Volume.CapacityBytes = usableSize(resp.GetVolume().GetCapacityBytes(), p.spec.Integrity)
+	out.Volume.CapacityBytes = usableSize(resp.GetVolume().GetCapacityBytes(), p.spec)
 	if p.limit > 0 {
 		out.Volume.CapacityBytes = min(out.Volume.CapacityBytes, p.limit)
 	}
@@ -151,7 +154,7 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 	if err != nil {
 		return nil, err
 	}
-	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "source", p.source)
+	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "layout", p.spec.Layout, "source", p.source)
 	return out, nil
 }
 
@@ -235,7 +238,7 @@ func (c controller) ControllerExpandVolume(ctx context.Context, req *csi.Control
 		if d.Spec.Integrity != dek.IntegrityNone {
 			return nil, errdefs.Errorf(errdefs.ErrInvalid, "volume %s has integrity %s and cannot grow: copy the data to a larger volume", req.GetVolumeId(), d.Spec.Integrity)
 		}
-		if inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), d.Spec.Integrity); err != nil {
+		if inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), d.Spec); err != nil {
 			return nil, err
 		}
 	}
@@ -255,7 +258,7 @@ func (c controller) ControllerExpandVolume(ctx context.Context, req *csi.Control
 // The node always has to follow, because the mapping does not grow by itself.
 func expanded(resp *csi.ControllerExpandVolumeResponse, required int64) *csi.ControllerExpandVolumeResponse {
 	out := proto.CloneOf(resp)
-	out.CapacityBytes = usableSize(resp.GetCapacityBytes(), dek.IntegrityNone)
+	out.CapacityBytes = usableSize(resp.GetCapacityBytes(), dek.Spec{})
 	if required > 0 {
 		out.CapacityBytes = min(out.CapacityBytes, required)
 	}

@@ -107,6 +107,30 @@ func (Linux) Rescan(_ context.Context, path string) error {
 	return errors.Join(err, f.Close())
 }
 
+// Activity reads the device's stat file in sysfs, see the kernel's
+// Documentation/block/stat.rst.
+func (Linux) Activity(number string) (Activity, error) {
+	data, err := os.ReadFile(filepath.Join("/sys/dev/block", number, "stat"))
+	if err != nil {
+		return Activity{}, errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	const reads, writes, inFlight, discards, flushes = 0, 4, 8, 11, 15 // fields; the last two came later
+	var a Activity
+	for i, field := range strings.Fields(string(data)) {
+		n, err := strconv.ParseUint(field, 10, 64)
+		if err != nil {
+			return Activity{}, errdefs.Errorf(errdefs.ErrUnavailable, "statistics of device %s: %w", number, err)
+		}
+		switch i {
+		case reads, writes, discards, flushes:
+			a.Done += n
+		case inFlight:
+			a.InFlight = n
+		}
+	}
+	return a, nil
+}
+
 // Alias makes a block device node.
 func (Linux) Alias(path, number string) error {
 	var major, minor uint32

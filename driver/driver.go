@@ -76,6 +76,10 @@ type Config struct {
 	Keys    Keys
 	Creator Creator // nil: a node never creates DEKs
 	Mapper  Mapper
+	// Hydration is needed for volumes of layout dek.LayoutClone; see
+	// Driver.Hydrate.
+	Hydration Hydration
+	Hydrating int // how many volumes hydrate at once; 0: 2
 	// Constellation, where not nil, makes this a driver for volumes that
 	// Constellation made, and for no others; Keys is then a client of its
 	// key service, and there is no Creator.
@@ -89,12 +93,18 @@ type Config struct {
 	StageWith string          // StageWithProxy ("") or StageWithWrapped
 	Integrity IntegrityPolicy // "": IntegrityDefault
 	Spec      dek.Spec        // of volumes made with Creator; zero: aes-xts-plain64
+	Layout    string          // theirs, if they have integrity: dek.LayoutClone or ""
 	// TolerateUngrown: NodeExpandVolume succeeds though the device is smaller
 	// than asked for, with what there is.
 	TolerateUngrown bool
 
 	Version  string            // GetPluginInfo's
 	Manifest map[string]string // GetPluginInfo's
+
+	// What is measured, where not nil: the steps of each NodeStageVolume, and
+	// each attempt to finish a hydrated volume, with the time since it was seen.
+	ObserveStep   func(step string, took time.Duration)
+	ObserveFinish func(took time.Duration, err error)
 
 	Logger   *slog.Logger           // nil: no log
 	BootID   func() (string, error) // nil: the kernel's
@@ -115,6 +125,7 @@ type Driver struct {
 	locks   locks
 	// writeState runs every change of a state file.
 	writeState func(func() error) error
+	hydrator   *hydrator // nil without Config.Hydration
 }
 
 // driverName is what the CSI specification allows; it is a file name too.
@@ -144,11 +155,15 @@ func New(ctx context.Context, cfg Config) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the boot ID: %w", err)
 	}
-	return &Driver{
+	d := &Driver{
 		cfg: cfg, log: cfg.Logger, name: name, boot: boot, wrapped: w,
 		base:       privateDir(realDir(cfg.KubeletDir), name),
 		writeState: func(do func() error) error { return do() },
-	}, nil
+	}
+	if cfg.Hydration != nil {
+		d.hydrator = newHydrator(d)
+	}
+	return d, nil
 }
 
 // privateDir is where a driver keeps what belongs to it. It lies in the one
@@ -186,6 +201,9 @@ func setDefaults(cfg *Config) {
 	setString(&cfg.KubeletDir, "/var/lib/kubelet")
 	setString(&cfg.StageWith, StageWithProxy)
 	setString(&cfg.AliasDir, "/dev")
+	if cfg.Hydrating == 0 {
+		cfg.Hydrating = defaultHydrating
+	}
 	if cfg.Patience == 0 {
 		cfg.Patience = defaultPatience
 	}
@@ -204,6 +222,8 @@ func checkConfig(cfg Config) error {
 		return invalid("a driver needs a wrapped driver, keys and a mapper")
 	case cfg.Constellation != nil && cfg.Creator != nil:
 		return invalid("Constellation's key service makes no DEKs, and its volumes are never formatted: --create-keys cannot be")
+	case cfg.Hydrating < 0:
+		return invalid("%d volumes cannot hydrate at once", cfg.Hydrating)
 	case cfg.NodeName == "":
 		return invalid("the node's name is not given: without it two nodes could format one volume")
 	case !filepath.IsAbs(cfg.KubeletDir):
@@ -217,6 +237,9 @@ func checkConfig(cfg Config) error {
 	}
 	if err := cfg.Spec.Validate(); err != nil {
 		return invalid("spec of new volumes: %w", err)
+	}
+	if cfg.Layout != "" && cfg.Layout != dek.LayoutClone {
+		return invalid("layout %q of new volumes is not known", cfg.Layout)
 	}
 	return nil
 }

@@ -47,23 +47,36 @@ func (d *Driver) visibleAt(v volume, path string) (*state, Mapping, error) {
 }
 
 // stats is NodeGetVolumeStats.
-func (d *Driver) stats(v volume, path string) ([]*csi.VolumeUsage, error) {
+func (d *Driver) stats(v volume, path string) (*csi.NodeGetVolumeStatsResponse, error) {
 	st, m, err := d.visibleAt(v, path)
 	if err != nil {
 		return nil, err
 	}
+	resp := &csi.NodeGetVolumeStatsResponse{VolumeCondition: condition(m)}
 	if st.AccessType == accessBlock {
-		return []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: m.Size}}, nil
+		resp.Usage = []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: m.Size}}
+		return resp, nil
 	}
 	u, err := d.cfg.Filesystems.Usage(path)
 	if err != nil {
 		return nil, err
 	}
-	usage := []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: u.Total, Used: u.Used, Available: u.Available}}
+	resp.Usage = []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: u.Total, Used: u.Used, Available: u.Available}}
 	if u.Inodes > 0 {
-		usage = append(usage, &csi.VolumeUsage{Unit: csi.VolumeUsage_INODES, Total: u.Inodes, Used: u.InodesUsed, Available: u.InodesFree})
+		resp.Usage = append(resp.Usage, &csi.VolumeUsage{Unit: csi.VolumeUsage_INODES, Total: u.Inodes, Used: u.InodesUsed, Available: u.InodesFree})
 	}
-	return usage, nil
+	return resp, nil
+}
+
+// condition says in words how a mapping is.
+func condition(m Mapping) *csi.VolumeCondition {
+	switch {
+	case m.Suspended:
+		return &csi.VolumeCondition{Abnormal: true, Message: "the mapping is suspended, and whoever reads or writes it waits: it is being changed, or that was interrupted and restarting csi-plugin on the node resumes it"}
+	case m.Regions > 0:
+		return &csi.VolumeCondition{Message: "in order; sectors that were never written are being initialised in the background: " + m.Progress()}
+	}
+	return &csi.VolumeCondition{Message: "in order"}
 }
 
 // expand is NodeExpandVolume, bottom up: wrapped driver, device, mapping,

@@ -1,7 +1,18 @@
 package driver
 
+import "context"
+
 // WrapStateWrites lets a test stand around every change of a state file.
 func (d *Driver) WrapStateWrites(wrap func(do func() error) error) { d.writeState = wrap }
+
+// Finish does what the hydrator does with a volume that is hydrated.
+func (d *Driver) Finish(ctx context.Context, volumeID string) error {
+	v, err := d.volume(volumeID)
+	if err != nil {
+		return err
+	}
+	return d.finish(ctx, v)
+}
 
 // ReadSuperblock, ReadMount and SuperArea are for tests of formats.
 var (

@@ -6,8 +6,9 @@ import "context"
 // concurrent use on different devices. FSTypes says which types there are.
 type Filesystems interface {
 	// Make puts an empty filesystem on the device, whatever is there, and does
-	// not discard. It may be repeated after a crash at any instant.
-	Make(ctx context.Context, device, fstype string) error
+	// not discard. It may be repeated after a crash at any instant. shifted says
+	// that what the device tells of its geometry means nothing.
+	Make(ctx context.Context, device, fstype string, shifted bool) error
 	// Probe tells which filesystem is on the device: a zero FSInfo where there
 	// is none that we know. It writes nothing. The device must not be mounted.
 	Probe(ctx context.Context, device string) (FSInfo, error)
@@ -69,6 +70,15 @@ type Devices interface {
 	// Alias makes another node for the device "major:minor" at path; one that
 	// is there for another device is replaced.
 	Alias(path, number string) error
+	// Activity says how busy the device "major:minor" is. It does not wait for
+	// the device.
+	Activity(number string) (Activity, error)
+}
+
+// Activity of a block device.
+type Activity struct {
+	Done     uint64 // requests answered since the device was made
+	InFlight uint64 // requests not answered yet
 }
 
 // Device is a block device.

@@ -36,6 +36,7 @@ type MappingInfo struct {
 	StagingPath string
 	Header      dek.HeaderID // as of the last staging or growth
 	UsedAt      []string     // where it can be seen, beside the staging path
+	Finishing   bool         // hydrated, and that is perhaps not confirmed
 }
 
 // Inspect joins the mappings of this node with the state files of all drivers
@@ -84,7 +85,7 @@ func describe(st *state) MappingInfo {
 	return MappingInfo{
 		Mapping: Mapping{Name: MappingName(st.Driver, st.VolumeID)}, State: StateClosed,
 		Driver: st.Driver, VolumeID: st.VolumeID, DEK: st.DEK, AccessType: st.AccessType,
-		Filesystem: st.Filesystem, StagingPath: st.StagingPath, Header: st.Header,
+		Filesystem: st.Filesystem, StagingPath: st.StagingPath, Header: st.Header, Finishing: st.Finishing,
 	}
 }
 

@@ -26,7 +26,17 @@ func linux(t *testing.T) drivertest.HostHarness {
 		Host:      driver.Linux{},
 		NewDevice: func(t *testing.T, size int64) string { return kernel.Loop(t, size) },
 		Grow:      growLoop,
-		Types:     driver.FSTypes(),
+		Use: func(t *testing.T, device string) {
+			f, err := os.OpenFile(device, os.O_WRONLY|os.O_SYNC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.Write(make([]byte, 4096)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		Types: driver.FSTypes(),
 	}
 }
 

@@ -41,8 +41,10 @@ type machine struct {
 	faulty  bool                              // a step that fails after it was done loses its result, keys too
 	mapper  func(driver.Mapper) driver.Mapper // stands around the mapper; nil: nothing
 	driver  *driver.Driver
-	conn    grpc.ClientConnInterface
-	node    csi.NodeClient
+	// hydration stands around what the hydrator asks, likewise.
+	hydration func(driver.Hydration) driver.Hydration
+	conn      grpc.ClientConnInterface
+	node      csi.NodeClient
 }
 
 // newMachine has one volume of 64 MiB and a DEK for it, unless creator is wanted.
@@ -101,6 +103,10 @@ func (m *machine) tryStart() error {
 	host := m.faults.Host(m.kernel)
 	cfg.Mounts, cfg.Filesystems, cfg.Devices = host, host, host
 	cfg.Mapper = m.faults.Mapper(drivertest.Mapper{Kernel: m.kernel})
+	cfg.Hydration = m.faults.Hydration(drivertest.Mapper{Kernel: m.kernel})
+	if m.hydration != nil {
+		cfg.Hydration = m.hydration(cfg.Hydration)
+	}
 	if m.mapper != nil {
 		cfg.Mapper = m.mapper(cfg.Mapper)
 	}

@@ -30,6 +30,7 @@ func (n node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeReque
 	if err := s.stage(ctx); err != nil {
 		return nil, err
 	}
+	n.hydrator.wake()
 	return &csi.NodeStageVolumeResponse{}, nil
 }
 
@@ -111,6 +112,7 @@ func (n node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeReq
 	if err != nil {
 		return nil, err
 	}
+	n.hydrator.wake()
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: size}, nil
 }
 
@@ -125,11 +127,7 @@ func (n node) NodeGetVolumeStats(_ context.Context, req *csi.NodeGetVolumeStatsR
 	if err != nil {
 		return nil, err
 	}
-	usage, err := n.stats(v, path)
-	if err != nil {
-		return nil, err
-	}
-	return &csi.NodeGetVolumeStatsResponse{Usage: usage}, nil
+	return n.stats(v, path)
 }
 
 // NodeGetInfo is the wrapped driver's: topology and limits are its matter.
@@ -148,12 +146,13 @@ func (n node) NodeGetCapabilities(ctx context.Context, _ *csi.NodeGetCapabilitie
 		return nil, err
 	}
 	caps = slices.DeleteFunc(caps, func(t csi.NodeServiceCapability_RPC_Type) bool {
-		return t == csi.NodeServiceCapability_RPC_VOLUME_CONDITION || t == csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP
+		return t == csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP
 	})
 	for _, ours := range []csi.NodeServiceCapability_RPC_Type{
 		csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME,
 		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
+		csi.NodeServiceCapability_RPC_VOLUME_CONDITION,
 	} {
 		if !caps.has(ours) {
 			caps = append(caps, ours)

@@ -58,7 +58,7 @@ func TestPublishOverSomethingElse(t *testing.T) {
 	m := newMachine(t).start()
 	m.ok("stage", m.stage(mountCap("")))
 	other := m.kernel.AddDisk(mib)
-	m.ok("mkfs", m.kernel.Make(t.Context(), other, "xfs"))
+	m.ok("mkfs", m.kernel.Make(t.Context(), other, "xfs", false))
 	m.ok("mkdir", os.MkdirAll(m.target("a"), 0o700))
 	m.ok("mount", m.kernel.Mount(t.Context(), other, m.target("a"), "xfs", nil))
 	m.refused("publish", m.publish(mountCap(""), "a", false), codes.AlreadyExists, "another device")
@@ -301,7 +301,7 @@ func TestIdentityAndCapabilities(t *testing.T) {
 	for _, c := range got.GetCapabilities() {
 		have[c.GetRpc().GetType().String()]++
 	}
-	want := map[string]int{"STAGE_UNSTAGE_VOLUME": 1, "EXPAND_VOLUME": 1, "GET_VOLUME_STATS": 1, "SINGLE_NODE_MULTI_WRITER": 1}
+	want := map[string]int{"STAGE_UNSTAGE_VOLUME": 1, "EXPAND_VOLUME": 1, "GET_VOLUME_STATS": 1, "SINGLE_NODE_MULTI_WRITER": 1, "VOLUME_CONDITION": 1}
 	if !cmp.Equal(have, want) {
 		t.Errorf("node capabilities: %s", cmp.Diff(want, have))
 	}

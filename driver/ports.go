@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 )
@@ -78,6 +79,20 @@ type Mapping struct {
 	// Known from the checked header, so set by Open, MarkMade and Resize only.
 	Made   bool         // the filesystem (or the raw volume) was finished once
 	Header dek.HeaderID // which header, its sequence number, and while Rotating the fingerprint of the key that it opens with
+}
+
+// Progress says in words how far a volume is hydrated; "" where there is
+// nothing to hydrate.
+func (m Mapping) Progress() string {
+	if m.Regions == 0 {
+		return ""
+	}
+	word := "paused"
+	if m.Hydrating {
+		word = "running"
+	}
+	// Rounded down: 100 is all.
+	return fmt.Sprintf("%d %% (%s)", 100*m.Hydrated/m.Regions, word)
 }
 
 // Mapper turns a device and a DEK into a crypt device. All methods are

@@ -222,11 +222,19 @@ func (s *staging) staged() (bool, error) {
 
 // run is NodeStageVolume, step by step. Each step can be repeated.
 func (s *staging) run(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{
-		s.announce, s.takeDevice, s.fetchKey, s.open, s.fill, s.confirm, s.mount, s.note,
+	for _, step := range []struct {
+		name string
+		do   func(context.Context) error
+	}{
+		{"announce", s.announce}, {"borrow", s.takeDevice}, {"key", s.fetchKey}, {"open", s.open},
+		{"fill", s.fill}, {"confirm", s.confirm}, {"mount", s.mount}, {"note", s.note},
 	} {
-		if err := step(ctx); err != nil {
+		began := time.Now()
+		if err := step.do(ctx); err != nil {
 			return err
+		}
+		if s.cfg.ObserveStep != nil {
+			s.cfg.ObserveStep(step.name, time.Since(began))
 		}
 	}
 	return nil
@@ -285,6 +293,9 @@ func (s *staging) fetchKey(ctx context.Context) error {
 		spec := s.cfg.Spec
 		if s.integrity != dek.IntegrityNone {
 			spec.Integrity = s.integrity
+		}
+		if spec.Integrity != dek.IntegrityNone {
+			spec.Layout = s.cfg.Layout
 		}
 		key, err = s.cfg.Creator.CreateDEK(ctx, s.v.dek, spec)
 	}
@@ -404,7 +415,7 @@ func (s *staging) makeFilesystem(ctx context.Context) error {
 	if fstype == "" {
 		fstype = FSTypes()[0]
 	}
-	if err := s.cfg.Filesystems.Make(ctx, s.m.Path, fstype); err != nil {
+	if err := s.cfg.Filesystems.Make(ctx, s.m.Path, fstype, s.m.Integrity != dek.IntegrityNone); err != nil {
 		return err
 	}
 	s.log.InfoContext(ctx, "formatted", "volume_id", s.v.id, "device", s.dev.Number, "filesystem", fstype)

@@ -39,6 +39,10 @@ type state struct {
 	Header     dek.HeaderID `json:"header,omitzero"`
 	Device     string       `json:"device,omitempty"`
 	DeviceSeq  uint64       `json:"device_seq,omitempty"`
+
+	// Finishing: a hydrated volume was about to be finished, and that may not be
+	// confirmed yet.
+	Finishing bool `json:"finishing,omitempty"`
 }
 
 // The access types, as the state file spells them.

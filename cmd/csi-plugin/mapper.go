@@ -28,6 +28,11 @@ func (m mapper) Resize(ctx context.Context, v driver.Volume, d dek.DEK) (driver.
 	return driver.Mapping(got), err
 }
 
+func (m mapper) Finish(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	got, err := m.Mapper.Finish(ctx, cryptmapper.Volume(v), d)
+	return driver.Mapping(got), err
+}
+
 func (m mapper) List() ([]driver.Mapping, error) {
 	list, err := m.Mapper.List()
 	var out []driver.Mapping

@@ -26,8 +26,12 @@ func TestKernelMapper(t *testing.T) {
 	m := cryptmapper.New(cryptmapper.Options{Worker: []string{worker}, LockDir: t.TempDir()})
 	t.Cleanup(m.Shutdown)
 	drivertest.RunMapper(t, drivertest.MapperHarness{
-		Mapper: mapper{m},
-		Specs:  []dek.Spec{{Cipher: dek.CipherXTS}, {Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC}},
+		Mapper: mapper{m}, Hydration: mapper{m},
+		Specs: []dek.Spec{
+			{Cipher: dek.CipherXTS},
+			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
+			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
+		},
 		NewDevice: func(t *testing.T, size int64) string {
 			return kernel.Loop(t, size)
 		},

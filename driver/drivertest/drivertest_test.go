@@ -17,10 +17,12 @@ func TestMapper(t *testing.T) {
 		}
 	}
 	drivertest.RunMapper(t, drivertest.MapperHarness{
-		Mapper: drivertest.Mapper{Kernel: k},
+		Mapper:    drivertest.Mapper{Kernel: k},
+		Hydration: drivertest.Mapper{Kernel: k},
 		Specs: []dek.Spec{
 			{Cipher: dek.CipherXTS},
 			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
+			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
 		},
 		NewDevice: func(_ *testing.T, size int64) string { return k.AddDisk(size) },
 		Number: func(t *testing.T, path string) string {
@@ -50,7 +52,12 @@ func hostHarness(k *drivertest.Kernel) drivertest.HostHarness {
 		Host:      k,
 		NewDevice: func(_ *testing.T, size int64) string { return k.AddDisk(size) },
 		Grow:      func(_ *testing.T, device string, size int64) { k.GrowDisk(device, size) },
-		Types:     driver.FSTypes(),
+		Use: func(t *testing.T, device string) {
+			if err := k.WriteAt(device, []byte("used"), 0); err != nil {
+				t.Fatal(err)
+			}
+		},
+		Types: driver.FSTypes(),
 	}
 }
 

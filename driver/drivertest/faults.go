@@ -171,6 +171,26 @@ func (x faultyMapper) List() ([]driver.Mapping, error) {
 	return value(x.f, "List mappings", x.m.List)
 }
 
+// Hydration puts steps around m.
+func (f *Faults) Hydration(m driver.Hydration) driver.Hydration { return faultyHydration{f, m} }
+
+type faultyHydration struct {
+	f *Faults
+	m driver.Hydration
+}
+
+func (x faultyHydration) List() ([]driver.Mapping, error) {
+	return value(x.f, "List mappings", x.m.List)
+}
+
+func (x faultyHydration) Hydrate(name string, on bool) error {
+	return x.f.Step("Hydrate", func() error { return x.m.Hydrate(name, on) })
+}
+
+func (x faultyHydration) Finish(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	return value(x.f, "Finish", func() (driver.Mapping, error) { return x.m.Finish(ctx, v, d) })
+}
+
 // Host is what a driver needs of a kernel.
 type Host interface {
 	driver.Mounts
@@ -196,8 +216,8 @@ func (x faultyHost) Unmount(ctx context.Context, target string) error {
 	return x.f.Step("Unmount", func() error { return x.h.Unmount(ctx, target) })
 }
 
-func (x faultyHost) Make(ctx context.Context, device, fstype string) error {
-	return x.f.Step("Make", func() error { return x.h.Make(ctx, device, fstype) })
+func (x faultyHost) Make(ctx context.Context, device, fstype string, shifted bool) error {
+	return x.f.Step("Make", func() error { return x.h.Make(ctx, device, fstype, shifted) })
 }
 
 func (x faultyHost) Probe(ctx context.Context, device string) (driver.FSInfo, error) {
@@ -222,6 +242,10 @@ func (x faultyHost) Device(path string) (driver.Device, error) {
 
 func (x faultyHost) Rescan(ctx context.Context, path string) error {
 	return x.f.Step("Rescan", func() error { return x.h.Rescan(ctx, path) })
+}
+
+func (x faultyHost) Activity(number string) (driver.Activity, error) {
+	return value(x.f, "Activity", func() (driver.Activity, error) { return x.h.Activity(number) })
 }
 
 func (x faultyHost) Alias(path, number string) error {

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,7 +35,8 @@ type Kernel struct {
 	nodes  map[string]string // path of a device node: device number
 	tables map[string]*table // by name of the mapping
 	mounts []driver.Mount
-	held   map[string]int // by device number
+	held   map[string]int    // by device number
+	done   map[string]uint64 // requests, by device number
 	count  int
 	broken []string
 }
@@ -52,6 +54,9 @@ type disk struct {
 	size    int64 // what the kernel knows
 	newSize int64 // what a rescan finds
 	pages   map[int64]*[pageSize]byte
+	// hydrated regions of a volume of layout dek.LayoutClone, as its metadata
+	// would say.
+	hydrated uint64
 }
 
 const pageSize = 4096
@@ -61,11 +66,12 @@ type table struct {
 	driver.Mapping
 	disk   *disk
 	offset int64
+	since  time.Time // hydration was last looked at
 }
 
 // NewKernel boots a machine without devices.
 func NewKernel() *Kernel {
-	return &Kernel{disks: map[string]*disk{}, nodes: map[string]string{}, tables: map[string]*table{}, held: map[string]int{}}
+	return &Kernel{disks: map[string]*disk{}, nodes: map[string]string{}, tables: map[string]*table{}, held: map[string]int{}, done: map[string]uint64{}}
 }
 
 // violate notes that somebody did what must never happen.
@@ -194,6 +200,7 @@ func (k *Kernel) io(path string, n int, off int64, write bool, do func(d *disk, 
 	if off < 0 || off+int64(n) > size {
 		return fmt.Errorf("%d bytes at %d of %d", n, off, size)
 	}
+	k.done[number]++
 	do(d, base+off)
 	return nil
 }
@@ -423,7 +430,7 @@ func (k *Kernel) putSuperblock(number string, s superblock) error {
 }
 
 // Make is driver.Filesystems'. On a mapping that is finished it is a violation.
-func (k *Kernel) Make(ctx context.Context, device, fstype string) error {
+func (k *Kernel) Make(ctx context.Context, device, fstype string, _ bool) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -632,6 +639,16 @@ func (k *Kernel) Alias(path, number string) error {
 	defer k.mu.Unlock()
 	k.nodes[path] = number
 	return os.WriteFile(path, nil, 0o600)
+}
+
+// Activity is driver.Devices'. Everything is answered at once.
+func (k *Kernel) Activity(number string) (driver.Activity, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if _, _, _, _, err := k.device(number); err != nil {
+		return driver.Activity{}, err
+	}
+	return driver.Activity{Done: k.done[number]}, nil
 }
 
 // Stack puts a foreign device-mapper device onto a disk, as multipathd does

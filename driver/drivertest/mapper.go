@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
@@ -20,7 +21,10 @@ import (
 // one on the same Kernel goes on where it stopped.
 type Mapper struct{ Kernel *Kernel }
 
-var _ driver.Mapper = Mapper{}
+var (
+	_ driver.Mapper    = Mapper{}
+	_ driver.Hydration = Mapper{}
+)
 
 // header is what a formatted disk of this machine begins with. The MAC binds
 // it to the DEK.
@@ -31,6 +35,7 @@ type header struct {
 	Made     bool
 	Size     int64
 	Spec     dek.Spec
+	Hydrates bool // not all of it was written once
 	MAC      []byte
 }
 
@@ -182,6 +187,10 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 	}
 	h = header{ID: key.ID, UUID: key.Claim.UUID, Sequence: 1, Size: d.size - dataOffset, Spec: key.Spec}
 	h.Spec.Name = ""
+	if h.Spec.Layout == dek.LayoutClone {
+		h.Size -= driver.CloneArea(h.Size)
+		h.Hydrates, d.hydrated = true, 0
+	}
 	d.writeHeader(h, key.Key)
 	return h, nil
 }
@@ -202,6 +211,9 @@ func (k *Kernel) activate(v driver.Volume, d *disk, h header) (*table, error) {
 		Name: v.Name, Path: "/dev/mapper/" + v.Name, Number: fmt.Sprintf("254:%d", k.count), Backing: d.number,
 		Size: h.Size, ReadOnly: v.ReadOnly, Cipher: h.Spec.Cipher, Integrity: h.Spec.Integrity,
 	}}
+	if h.Hydrates {
+		t.Regions, t.Hydrated = uint64(h.Size/regionSize), d.hydrated
+	}
 	k.tables[t.Name], k.nodes[t.Path] = t, t.Number
 	return t, nil
 }
@@ -268,6 +280,58 @@ func (m Mapper) update(ctx context.Context, v driver.Volume, d dek.DEK, do func(
 	return describe(t, h, d), nil
 }
 
+// How a volume hydrates on this machine: regions of that size, so many a second.
+const (
+	regionSize  = 4096
+	regionsRate = 4096
+)
+
+// hydrate makes up for the time since the table was last looked at.
+func (t *table) hydrate() {
+	now := time.Now()
+	if t.Hydrating {
+		t.disk.hydrated = min(t.Regions, t.disk.hydrated+uint64(now.Sub(t.since).Seconds()*regionsRate))
+		t.Hydrated = t.disk.hydrated
+	}
+	t.since = now
+}
+
+// Hydrate makes a mapping fully hydrated at once.
+func (k *Kernel) Hydrate(name string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	t := k.tables[name]
+	t.Hydrated, t.disk.hydrated = t.Regions, t.Regions
+}
+
+// Hydrate is driver.Hydration's.
+func (m Mapper) Hydrate(name string, on bool) error {
+	k := m.Kernel
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if t := k.tables[name]; t != nil && t.Regions > 0 {
+		t.hydrate()
+		t.Hydrating = on
+	}
+	return nil
+}
+
+// Finish is driver.Hydration's.
+func (m Mapper) Finish(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	return m.update(ctx, v, d, func(t *table, h *header) error {
+		t.hydrate()
+		if t.Hydrated < t.Regions {
+			return errdefs.Errorf(errdefs.ErrUnavailable, "%d regions of %d are hydrated", t.Hydrated, t.Regions)
+		}
+		t.Hydrated, t.Regions, t.Hydrating = 0, 0, false
+		if h.Hydrates {
+			h.Hydrates = false
+			h.Sequence++
+		}
+		return nil
+	})
+}
+
 // Close is driver.Mapper's.
 func (m Mapper) Close(ctx context.Context, name string) error {
 	k := m.Kernel
@@ -283,6 +347,7 @@ func (m Mapper) Close(ctx context.Context, name string) error {
 	if k.users(t.Number) > 0 {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "mapping %s is in use", name)
 	}
+	t.hydrate()
 	k.drop(t)
 	return nil
 }
@@ -295,6 +360,7 @@ func (m Mapper) List() ([]driver.Mapping, error) {
 	var all []driver.Mapping
 	for name, t := range k.tables {
 		if strings.HasPrefix(name, driver.MappingPrefix) {
+			t.hydrate()
 			all = append(all, t.Mapping)
 		}
 	}

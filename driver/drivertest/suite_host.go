@@ -19,6 +19,8 @@ type HostHarness struct {
 	NewDevice func(t *testing.T, size int64) string
 	// Grow enlarges a device. Its kernel may have to be asked to look.
 	Grow func(t *testing.T, device string, size int64)
+	// Use writes to a device itself.
+	Use func(t *testing.T, device string)
 	// Types are the filesystems to try, the first one also for mounts.
 	Types []string
 }
@@ -55,7 +57,7 @@ func RunMounts(t *testing.T, h HostHarness) {
 				t.Fatal(err)
 			}
 			m.number = dev.Number
-			if err := h.Host.Make(t.Context(), m.device, h.Types[0]); err != nil {
+			if err := h.Host.Make(t.Context(), m.device, h.Types[0], false); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(m.unmountEverything)
@@ -235,6 +237,7 @@ func testDevices(m *mountsTest) {
 	if grown, err := m.Host.Device(m.device); err != nil || grown.Size != grownSize || grown.Seq != first.Seq {
 		m.Errorf("after growing: %+v, %v", grown, err)
 	}
+	testActivity(m, first.Number)
 	alias := filepath.Join(m.dir, "alias")
 	for _, dev := range []driver.Device{other, first, first} {
 		if err := m.Host.Alias(alias, dev.Number); err != nil {
@@ -243,6 +246,29 @@ func testDevices(m *mountsTest) {
 		if got, err := m.Host.Device(alias); err != nil || got.Number != dev.Number {
 			m.Errorf("the alias is %+v, %v", got, err)
 		}
+	}
+}
+
+// testActivity: who reads and writes is seen.
+func testActivity(m *mountsTest, number string) {
+	activity := func() uint64 {
+		m.Helper()
+		a, err := m.Host.Activity(number)
+		if err != nil || a.InFlight > 0 {
+			m.Fatalf("activity: %+v, %v", a, err)
+		}
+		return a.Done
+	}
+	before := activity()
+	if again := activity(); again != before {
+		m.Errorf("nobody asked anything, and %d requests were answered", again-before)
+	}
+	m.Use(m.T, m.device)
+	if after := activity(); after <= before {
+		m.Errorf("%d requests before the device was used, %d after", before, after)
+	}
+	if _, err := m.Host.Activity("4095:12345"); err == nil {
+		m.Error("a device that is not there was active")
 	}
 }
 
@@ -261,11 +287,11 @@ func RunFilesystems(t *testing.T, h HostHarness) {
 
 func testFilesystem(t *testing.T, h HostHarness, fstype string) {
 	ctx, device, dir := t.Context(), h.NewDevice(t, fsSize), t.TempDir()
-	if err := h.Host.Make(cancelled(ctx), device, fstype); err == nil {
+	if err := h.Host.Make(cancelled(ctx), device, fstype, false); err == nil {
 		t.Error("a cancelled caller got a filesystem")
 	}
-	for _, made := range append(slices.Clone(h.Types), fstype, fstype) { // over each other
-		if err := h.Host.Make(ctx, device, made); err != nil {
+	for i, made := range append(slices.Clone(h.Types), fstype, fstype) { // over each other
+		if err := h.Host.Make(ctx, device, made, i%2 == 0); err != nil {
 			t.Fatalf("making %s: %v", made, err)
 		}
 		// A filesystem does not use the last bytes of every device.

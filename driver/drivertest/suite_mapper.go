@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -18,8 +19,9 @@ import (
 
 // MapperHarness is what RunMapper needs of a machine.
 type MapperHarness struct {
-	Mapper driver.Mapper
-	Specs  []dek.Spec // to run everything with
+	Mapper    driver.Mapper
+	Hydration driver.Hydration // of the same
+	Specs     []dek.Spec       // to run everything with
 	// NewDevice returns the path of a block device that reads as zeros.
 	NewDevice func(t *testing.T, size int64) string
 	// Number returns the "major:minor" of a device.
@@ -71,6 +73,8 @@ func RunMapper(t *testing.T, h MapperHarness) {
 		{"a copy gets its own key", testCopy},
 		{"a copy read-only", testCopyReadOnly},
 		{"not the copy", testNotTheCopy},
+		{"hydrating", testHydrating},
+		{"hydrating, and closed in the middle", testHydratingInTurns},
 		{"a cancelled call", testCancelled},
 		{"calls at the same time", testConcurrent},
 	}
@@ -78,6 +82,9 @@ func RunMapper(t *testing.T, h MapperHarness) {
 		name := "integrity " + string(spec.Integrity)
 		if spec.Integrity == dek.IntegrityNone {
 			name = "no integrity"
+		}
+		if spec.Layout != "" {
+			name += ", layout " + spec.Layout
 		}
 		t.Run(name, func(t *testing.T) {
 			for _, tt := range tests {
@@ -524,6 +531,129 @@ func testNotTheCopy(m *mapperTest) {
 	defer key.Previous.Wipe()
 	c.refused("another source", c.v, key, errdefs.ErrState)
 	c.hasData(c.open().Path)
+}
+
+// hydrated waits until a mapping has at least that share of its regions.
+func (m *mapperTest) hydrated(share float64) driver.Mapping {
+	m.Helper()
+	const patience = time.Minute
+	for until := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		got, open := m.listed(m.v.Name)
+		switch {
+		case !open || got.Regions == 0:
+			m.Fatalf("nothing hydrates: %+v", got)
+		case float64(got.Hydrated) >= share*float64(got.Regions):
+			return got
+		case time.Now().After(until):
+			m.Fatalf("only %s after %v", got.Progress(), patience)
+		}
+	}
+}
+
+func (m *mapperTest) hydrate(on bool) {
+	m.Helper()
+	for range 2 {
+		if err := m.Hydration.Hydrate(m.v.Name, on); err != nil {
+			m.Fatalf("Hydrate %v: %v", on, err)
+		}
+	}
+}
+
+func testHydrating(m *mapperTest) {
+	first := m.open()
+	if m.key.Spec.Layout != dek.LayoutClone {
+		testNothingToHydrate(m)
+		return
+	}
+	if first.Regions == 0 || first.Hydrated == first.Regions || first.Hydrating {
+		m.Fatalf("a new volume hydrates as %+v", first)
+	}
+	m.WriteAt(m.T, first.Path, pattern(), 1<<20)
+	made := m.markMade()
+	if made.Regions != first.Regions {
+		m.Errorf("MarkMade: %+v", made)
+	}
+	if _, err := m.Hydration.Finish(m.Context(), m.v, m.key); !errors.Is(err, errdefs.ErrUnavailable) {
+		m.Errorf("finished before it was hydrated: %v", err)
+	}
+	if !m.zeros(first.Path, 1<<20, first.Size/2) {
+		m.Error("what was never written is not zeros")
+	}
+	m.hydrate(true)
+	if got, _ := m.listed(m.v.Name); !got.Hydrating {
+		m.Errorf("Hydrate: %+v", got)
+	}
+	m.hydrated(1)
+	finished, err := m.Hydration.Finish(m.Context(), m.v, m.key)
+	if err != nil {
+		m.Fatal(err)
+	}
+	if finished.Regions != 0 || finished.Hydrated != 0 || finished.Hydrating || finished.Number != first.Number || finished.Size != first.Size ||
+		!finished.Made || finished.Header.UUID != made.Header.UUID || finished.Header.Sequence <= made.Header.Sequence {
+		m.Errorf("Finish: %+v after %+v", finished, made)
+	}
+	m.hasData(finished.Path)
+	if !m.zeros(finished.Path, 1<<20, finished.Size-1<<20) {
+		m.Error("what was never written is not zeros after Finish")
+	}
+	if again, err := m.Hydration.Finish(m.Context(), m.v, m.key); err != nil || again.Header != finished.Header || again.Number != finished.Number {
+		m.Errorf("Finish again: %+v, %v", again, err)
+	}
+	m.close()
+	m.key.State, m.key.Header = dek.Formatted, finished.Header
+	if got := m.open(); got.Regions != 0 || got.Header != finished.Header || got.Size != first.Size {
+		m.Errorf("opened %+v, was %+v", got, finished)
+	}
+	m.hasData(first.Path)
+}
+
+// testNothingToHydrate: a volume without dm-clone has nothing to do.
+func testNothingToHydrate(m *mapperTest) {
+	m.markMade()
+	m.hydrate(true)
+	before, _ := m.listed(m.v.Name)
+	if before.Regions != 0 || before.Hydrating {
+		m.Errorf("it hydrates: %+v", before)
+	}
+	made := m.open().Header
+	if got, err := m.Hydration.Finish(m.Context(), m.v, m.key); err != nil || got.Header != made || got.Number != before.Number {
+		m.Errorf("Finish: %+v, %v; was %+v", got, err, before)
+	}
+	m.close()
+	if err := m.Hydration.Hydrate(m.v.Name, true); err != nil {
+		m.Errorf("Hydrate of what is not open: %v", err)
+	}
+}
+
+func testHydratingInTurns(m *mapperTest) {
+	if m.key.Spec.Layout != dek.LayoutClone {
+		return
+	}
+	path := m.open().Path
+	m.WriteAt(m.T, path, pattern(), 1<<20)
+	made := m.markMade()
+	m.key.State, m.key.Header = dek.Formatted, made.Header
+	m.hydrate(true)
+	m.hydrated(.05)
+	m.hydrate(false)
+	stopped, _ := m.listed(m.v.Name)
+	m.close()
+	again := m.open()
+	if again.Hydrating || again.Regions != stopped.Regions || again.Hydrated < stopped.Hydrated || again.Header != made.Header {
+		m.Errorf("opened %+v, was %+v", again, stopped)
+	}
+	m.hasData(path)
+	m.hydrate(true)
+	m.close() // while it runs
+	m.hasData(m.open().Path)
+	m.hydrate(true)
+	m.hydrated(1)
+	finished, err := m.Hydration.Finish(m.Context(), m.v, m.key)
+	if err != nil || finished.Regions != 0 {
+		m.Fatalf("Finish: %+v, %v", finished, err)
+	}
+	m.hasData(path)
+	m.key.Header = finished.Header
 }
 
 func testCancelled(m *mapperTest) {
