@@ -95,15 +95,19 @@ func (d *Driver) expand(ctx context.Context, v volume, path string, req *csi.Nod
 		return 0, err
 	}
 	required := req.GetCapacityRange().GetRequiredBytes()
-	dev, err := d.grownDevice(ctx, v, required)
+	least := required // on a volume without a controller of ours, the device's
+	if st.Spec.Name != "" && required > 0 {
+		least = deviceSize(required, st.Spec.Integrity)
+	}
+	dev, err := d.grownDevice(ctx, v, least)
 	if err != nil {
 		return 0, err
 	}
 	if dev.Number != m.Backing {
 		return 0, errdefs.Errorf(errdefs.ErrState, "mapping %s is on device %s, volume %s is device %s now: unstage and stage it again", m.Name, m.Backing, v.id, dev.Number)
 	}
-	if dev.Size < required && !d.cfg.TolerateUngrown {
-		return 0, errdefs.Errorf(errdefs.ErrUnavailable, "device %s of volume %s has %d bytes, less than the %d asked for: the cloud has not grown it yet", dev.Number, v.id, dev.Size, required)
+	if dev.Size < least && !d.cfg.TolerateUngrown {
+		return 0, errdefs.Errorf(errdefs.ErrUnavailable, "device %s of volume %s has %d bytes, less than the %d asked for: the cloud has not grown it yet", dev.Number, v.id, dev.Size, least)
 	}
 	if m, err = d.expandMapping(ctx, v, st, m); err != nil {
 		return 0, err
@@ -151,19 +155,17 @@ func (d *Driver) expandInner(ctx context.Context, v volume, st *state, req *csi.
 }
 
 // grownDevice asks the device for its size until that is enough or patience
-// ends.
-func (d *Driver) grownDevice(ctx context.Context, v volume, required int64) (Device, error) {
+// ends. It is rescanned also where it seems large enough: it may have grown by
+// less than what a header takes.
+func (d *Driver) grownDevice(ctx context.Context, v volume, least int64) (Device, error) {
 	var dev Device
 	_, err := d.until(ctx, func() (bool, error) {
-		var err error
-		if dev, err = d.cfg.Devices.Device(v.device()); err != nil || dev.Size >= required && required > 0 {
-			return true, err
-		}
-		if err = d.cfg.Devices.Rescan(ctx, v.device()); err != nil {
+		err := d.cfg.Devices.Rescan(ctx, v.device())
+		if err != nil {
 			return false, err
 		}
 		dev, err = d.cfg.Devices.Device(v.device())
-		return dev.Size >= required || d.cfg.TolerateUngrown, err
+		return dev.Size >= least || d.cfg.TolerateUngrown, err
 	})
 	return dev, errors.Join(err, ctx.Err())
 }

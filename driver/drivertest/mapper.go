@@ -367,3 +367,11 @@ func (m Mapper) List() ([]driver.Mapping, error) {
 	slices.SortFunc(all, func(a, b driver.Mapping) int { return strings.Compare(a.Name, b.Name) })
 	return all, nil
 }
+
+// OpensWith tells whether the header on a disk is one of that key.
+func (k *Kernel) OpensWith(path string, key secret.Bytes) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	h, found := k.disks[k.nodes[path]].readHeader()
+	return found && hmac.Equal(h.MAC, h.sum(dek.DEK{Key: key}))
+}
