@@ -46,6 +46,7 @@ type volumeModel struct {
 	from     *origin
 	asked    int64             // of CreateVolume
 	promised int64             // bytes that its user can use, once a node has followed
+	resizing bool              // the controller was asked to, and did not answer
 	growing  bool              // the controller has let it grow, a node has not followed
 	context  map[string]string // as CreateVolume answered
 	content  []string          // what is in it: one of these

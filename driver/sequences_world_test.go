@@ -215,6 +215,7 @@ type outcome struct {
 	err     error
 	faulted bool // something was made to go wrong
 	died    bool // with the process
+	refused bool // as the model says it must be
 }
 
 // call makes a call with the step's fault in it, on a node or (-1) the
@@ -251,7 +252,7 @@ func (w *world) call(o op, node int, do func(context.Context) error) (outcome, e
 func (w *world) do(o op) error {
 	w.tally.ops[o.Kind]++
 	out, err := w.step(o)
-	if err == nil && out.err == nil && !out.faulted && o.Again {
+	if err == nil && out.err == nil && !out.faulted && !out.refused && o.Again {
 		o.FaultAt, o.repeated = 0, true
 		if out, err = w.step(o); err == nil && out.err != nil {
 			err = fmt.Errorf("CONVERGE: the same call again fails: %w", out.err)
@@ -259,7 +260,7 @@ func (w *world) do(o op) error {
 	}
 	w.tally.note(fmt.Sprintf("%s: %v", o, status.Code(out.err)))
 	if err == nil {
-		err = w.check()
+		err = w.check(o)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", o, err)
@@ -352,6 +353,11 @@ func (w *world) create(o op) (outcome, error) {
 		w.model.volumes[o.Volume] = v
 		w.tally.volumes++
 	}
+	if v.from != nil && v.from.volume != "" { // the cloud copies at the first call that comes through to it
+		if source := w.byID(v.from.volume); source != nil {
+			v.content, v.copied = union(v.content, source.content), max(v.copied, source.filled)
+		}
+	}
 	req := &csi.CreateVolumeRequest{
 		Name: v.name, VolumeCapabilities: []*csi.VolumeCapability{v.capability()}, CapacityRange: &csi.CapacityRange{RequiredBytes: v.asked},
 	}
@@ -369,10 +375,10 @@ func (w *world) create(o op) (outcome, error) {
 	switch {
 	case err != nil:
 		return out, err
-	case out.err != nil && v.from != nil && !out.faulted && w.cannotCopy(v.from, out.err):
+	case out.err != nil && v.from != nil && !out.faulted && w.cannotCopy(v.from, v.asked, out.err):
 		w.model.volumes[o.Volume] = nil
 		w.givenUp = true
-		return outcome{}, nil
+		return outcome{refused: true}, nil
 	case out.err != nil:
 		v.there = maybe
 		return out, out.legitimate()
@@ -388,6 +394,21 @@ func (w *world) create(o op) (outcome, error) {
 	}
 	v.id, v.there, v.promised, v.context = got.GetVolumeId(), yes, got.GetCapacityBytes(), got.GetVolumeContext()
 	return out, nil
+}
+
+func (w *world) byID(id string) *volumeModel {
+	for _, v := range w.model.volumes {
+		if v != nil && v.id == id {
+			return v
+		}
+	}
+	return nil
+}
+
+func union(a, b []string) []string {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // plan is what CreateVolume is to make.
@@ -409,14 +430,18 @@ func (w *world) plan(o op) *volumeModel {
 	return v
 }
 
-// cannotCopy: the source is gone, or a copy that nobody has opened, or in the
-// middle of its first format.
-func (w *world) cannotCopy(from *origin, err error) bool {
+// cannotCopy: the source is gone, or a copy that nobody has opened, or larger
+// than was known.
+func (w *world) cannotCopy(from *origin, asked int64, err error) bool {
 	switch status.Code(err) {
 	case codes.NotFound:
 		return !slices.Contains(w.cloud.Volumes(), from.volume) && !slices.Contains(w.cloud.Snapshots(), from.snapshot)
 	case codes.Aborted:
-		return slices.ContainsFunc(w.model.volumes[:], func(v *volumeModel) bool { return v != nil && v.id == from.volume && v.copied != no })
+		v := w.byID(from.volume)
+		return v != nil && v.copied != no
+	case codes.InvalidArgument: // it has grown meanwhile
+		v := w.byID(from.volume)
+		return v != nil && (v.resizing || v.promised > asked)
 	}
 	return false
 }
@@ -458,16 +483,8 @@ func (w *world) snapshot(o op) (outcome, error) {
 		w.model.snapshots[o.Snapshot] = s
 	}
 	// The cloud cuts at the first call that comes through to it.
-	for _, v := range w.model.volumes {
-		if v == nil || v.id != s.of {
-			continue
-		}
-		for _, c := range v.content {
-			if !slices.Contains(s.content, c) {
-				s.content = append(s.content, c)
-			}
-		}
-		s.copied = max(s.copied, v.filled)
+	if v := w.byID(s.of); v != nil {
+		s.content, s.copied = union(s.content, v.content), max(s.copied, v.filled)
 	}
 	var resp *csi.CreateSnapshotResponse
 	out, err := w.call(o, -1, func(ctx context.Context) (err error) {
@@ -477,10 +494,10 @@ func (w *world) snapshot(o op) (outcome, error) {
 	switch {
 	case err != nil:
 		return out, err
-	case out.err != nil && !out.faulted && (w.cannotCopy(&origin{volume: s.of}, out.err)):
+	case out.err != nil && !out.faulted && w.cannotCopy(&origin{volume: s.of}, 0, out.err):
 		w.model.snapshots[o.Snapshot] = nil
 		w.givenUp = true
-		return outcome{}, nil
+		return outcome{refused: true}, nil
 	case out.err != nil:
 		s.there = maybe
 		return out, out.legitimate()
@@ -556,7 +573,7 @@ func (w *world) stage(o op, v *volumeModel) (outcome, error) {
 		v.staged[o.Node], v.filled, v.copied = yes, yes, no
 		return out, w.largeEnough(o, v)
 	case v.shape.Shared && status.Code(out.err) == codes.Aborted && v.filled != yes && v.attached[1-o.Node] != no:
-		return outcome{}, nil // the other node has claimed the format
+		return outcome{refused: true}, nil // the other node has claimed the format
 	}
 	v.filled = max(v.filled, maybe)
 	v.copied = min(v.copied, maybe)
@@ -729,13 +746,14 @@ func (w *world) expand(o op, v *volumeModel) (outcome, error) {
 	case err != nil:
 		return out, err
 	case v.shape.Integrity && !out.faulted && status.Code(out.err) == codes.InvalidArgument:
-		return outcome{}, nil
+		return outcome{refused: true}, nil
 	case out.err != nil:
+		v.resizing = true
 		return out, out.legitimate()
 	case resp.GetCapacityBytes() < size || !resp.GetNodeExpansionRequired():
 		return out, fmt.Errorf("SIZE: asked for %d: %v", size, resp)
 	}
-	v.promised, v.growing = resp.GetCapacityBytes(), true
+	v.promised, v.growing, v.resizing = resp.GetCapacityBytes(), true, false
 	return out, nil
 }
 
@@ -751,7 +769,7 @@ func (w *world) nodeExpand(o op, v *volumeModel) (outcome, error) {
 	case err != nil:
 		return out, err
 	case v.shape.Integrity && !out.faulted && status.Code(out.err) == codes.InvalidArgument:
-		return outcome{}, nil
+		return outcome{refused: true}, nil
 	case out.err != nil:
 		return out, out.legitimate()
 	}

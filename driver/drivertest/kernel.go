@@ -403,7 +403,8 @@ func (k *Kernel) superblock(number string) (superblock, error) {
 	}
 	buf := make([]byte, superLength)
 	d.readAt(buf, base+superOffset)
-	text, ok := strings.CutPrefix(string(bytes.TrimRight(buf, "\x00")), superMagic)
+	buf, _, _ = bytes.Cut(buf, []byte{0})
+	text, ok := strings.CutPrefix(string(buf), superMagic)
 	var s superblock
 	if !ok || json.Unmarshal([]byte(text), &s) != nil {
 		return superblock{}, nil

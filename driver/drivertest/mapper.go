@@ -74,7 +74,8 @@ func (h header) under(d dek.DEK) (key secret.Bytes, ok bool) {
 func (d *disk) readHeader() (h header, found bool) {
 	buf := make([]byte, headerLength)
 	d.readAt(buf, 0)
-	text, ok := strings.CutPrefix(string(bytes.TrimRight(buf, "\x00")), headerMagic)
+	buf, _, _ = bytes.Cut(buf, []byte{0})
+	text, ok := strings.CutPrefix(string(buf), headerMagic)
 	if !ok {
 		return header{}, false
 	}
