@@ -97,6 +97,11 @@ crash: build ## kill worker and guest at every step of a volume's first life (ma
 	CRASH_EVERY=1 go test -count=1 -timeout 20m -v ./test/crash
 	CRASH_EVERY=1 VM_ENV=CRASH_EVERY go test -count=1 -timeout 40m $(in-guest) -run 'TestKernel.*KilledAtSteps' -v ./cryptmapper/worker
 
+.PHONY: sequences
+sequences: install ## whatever sequences of CSI calls an orchestrator may make, against a model (SEED=1 N=10000, FIRST=0)
+	SEQUENCES_SEED=$(or $(SEED),1) SEQUENCES_N=$(or $(N),10000) SEQUENCES_FIRST=$(or $(FIRST),0) \
+		go test -count=1 -timeout 2h -v -run '^TestSequences$$' ./driver | grep -vE '^=== '
+
 .PHONY: sanity
 sanity: build ## csi-sanity alone, with the list of what it skips
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' -v ./test/sanity

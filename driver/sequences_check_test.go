@@ -131,6 +131,9 @@ func (w *world) checkKeys() error {
 				return fmt.Errorf("KEY: volume %s opens with the key of %s", v.name, name)
 			}
 		}
+		if d := keys[v.name]; d.State != dek.Formatted {
+			return fmt.Errorf("KEY: volume %s is in use, and its record is %s", v.name, d.State)
+		}
 		if d := keys[v.name]; d.Previous.Len() > 0 && kernel.OpensWith(disk, d.Previous) {
 			return fmt.Errorf("KEY: volume %s is in use and opens with its previous key", v.name)
 		}

@@ -44,10 +44,10 @@ const (
 // weights say how often each is tried.
 func weights() map[string]int {
 	return map[string]int{
-		opCreate: 6, opRestore: 6, opClone: 4, opCreateAgain: 4, opDelete: 3,
-		opSnapshot: 6, opSnapshotAgain: 4, opDeleteSnapshot: 2,
+		opCreate: 5, opRestore: 10, opClone: 5, opCreateAgain: 8, opDelete: 4,
+		opSnapshot: 8, opSnapshotAgain: 8, opDeleteSnapshot: 2,
 		opAttach: 12, opDetach: 8, opStage: 18, opUnstage: 8, opPublish: 14, opUnpublish: 10,
-		opWrite: 14, opRead: 6, opExpand: 5, opNodeExpand: 6, opKill: 2, opKillController: 1, opReboot: 1,
+		opWrite: 14, opRead: 6, opExpand: 5, opNodeExpand: 6, opKill: 1, opKillController: 1, opReboot: 2,
 	}
 }
 
@@ -100,11 +100,8 @@ func randomOp(r *rand.Rand, kinds []string) op {
 		Kind: kinds[r.IntN(len(kinds))], Volume: r.IntN(volumeSlots), Snapshot: r.IntN(snapshotSlots), Source: r.IntN(volumeSlots),
 		Node: r.IntN(sequenceNodes), Pod: r.IntN(sequencePods), Shape: r.IntN(len(shapes())), Larger: r.IntN(3) == 0, Again: r.IntN(6) == 0,
 	}
-	if r.IntN(4) == 0 {
-		o.FaultAt = 1 + r.IntN(40)
-		if r.IntN(2) == 0 {
-			o.FaultAt = 1 + r.IntN(12)
-		}
+	if r.IntN(3) == 0 {
+		o.FaultAt = 1 + r.IntN([]int{3, 10, 40}[r.IntN(3)])
 		o.FaultAfter, o.FaultFinal, o.Killed = r.IntN(2) == 0, r.IntN(2) == 0, r.IntN(2) == 0
 	}
 	return o
@@ -298,7 +295,7 @@ func number(t *testing.T, name string, otherwise uint64) uint64 {
 // volume's own key, behind the mapping; what is deleted is gone; nothing is left.
 func TestSequences(t *testing.T) {
 	t.Parallel()
-	seed, first, n := number(t, "SEED", 1), number(t, "FIRST", 0), number(t, "N", 150)
+	seed, first, n := number(t, "SEED", 1), number(t, "FIRST", 0), number(t, "N", 60)
 	dir, began := scratch(t), time.Now()
 	total, failed := runSequences(dir, seed, first, n, nil)
 	if failed != nil {

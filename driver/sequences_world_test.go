@@ -573,6 +573,7 @@ func (w *world) stage(o op, v *volumeModel) (outcome, error) {
 		v.staged[o.Node], v.filled, v.copied = yes, yes, no
 		return out, w.largeEnough(o, v)
 	case v.shape.Shared && status.Code(out.err) == codes.Aborted && v.filled != yes && v.attached[1-o.Node] != no:
+		v.staged[o.Node] = max(v.staged[o.Node], maybe)
 		return outcome{refused: true}, nil // the other node has claimed the format
 	}
 	v.filled = max(v.filled, maybe)

@@ -278,6 +278,12 @@ func (s *staging) takeDevice(ctx context.Context) error {
 		return err
 	}
 	dev, err := s.checkBorrowed(ctx, s.v)
+	if many, _ := multiNode(s.want.AccessMode); many && err == nil {
+		// Another node may have let it grow, and then it looks too small here.
+		if err = s.cfg.Devices.Rescan(ctx, s.v.device()); err == nil {
+			dev, err = s.checkBorrowed(ctx, s.v)
+		}
+	}
 	s.dev = dev
 	return err
 }

@@ -374,5 +374,5 @@ func (k *Kernel) OpensWith(path string, key secret.Bytes) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	h, found := k.disks[k.nodes[path]].readHeader()
-	return found && hmac.Equal(h.MAC, h.sum(dek.DEK{Key: key}))
+	return found && hmac.Equal(h.MAC, h.sum(key))
 }
