@@ -76,6 +76,10 @@ func (s *staging) stageMapping(ctx context.Context, path string) error {
 	if m := capability.GetMount(); s.want.ReadOnly && !slices.Contains(m.MountFlags, "ro") {
 		m.MountFlags = append(m.MountFlags, "ro")
 	}
+	// As in mountFilesystem: a copy has its source's UUID.
+	if m := capability.GetMount(); (s.want.FSType == "xfs" || s.fs.Type == "xfs") && !slices.Contains(m.MountFlags, "nouuid") {
+		m.MountFlags = append(m.MountFlags, "nouuid")
+	}
 	if s.caps.has(csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME) {
 		inner := proto.CloneOf(s.req)
 		inner.StagingTargetPath = s.want.StagingPath

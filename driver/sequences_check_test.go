@@ -194,18 +194,23 @@ func (w *world) settleVolume(slot int, v *volumeModel) error {
 	if err := w.finish(away...); err != nil {
 		return err
 	}
-	if !w.model.volumes[slot].ready() || v.copied != no { // TODO
+	if !w.model.volumes[slot].ready() {
 		return nil
 	}
 	node := slot % sequenceNodes
 	use := []op{{Kind: opAttach}, {Kind: opStage}, {Kind: opNodeExpand}, {Kind: opPublish}, {Kind: opRead}, {Kind: opWrite}, {Kind: opUnpublish}, {Kind: opUnstage}, {Kind: opDetach}}
 	for i := range use {
 		use[i].Volume, use[i].Node = slot, node
+	}
+	for i := range use {
 		if !w.model.legal(use[i]) {
 			return fmt.Errorf("CONVERGE: volume %s cannot be used: %s is not possible", v.name, use[i].Kind)
 		}
 		if err := w.do(use[i]); err != nil {
 			return err
+		}
+		if use[i].Kind == opStage && v.staged[node] == no { // refused, as it may be
+			return w.do(use[len(use)-1])
 		}
 	}
 	return nil

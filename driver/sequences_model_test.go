@@ -52,6 +52,7 @@ type volumeModel struct {
 	content  []string          // what is in it: one of these
 	filled   sure              // a node has opened it or a copy's source
 	copied   sure              // it is a copy that nobody has opened yet
+	blank    bool              // it may be a copy of a disk that nobody had opened
 	attached [sequenceNodes]sure
 	device   [sequenceNodes]map[string]string // publish contexts
 	staged   [sequenceNodes]sure
@@ -74,6 +75,7 @@ type snapshotModel struct {
 	size     int64
 	content  []string
 	copied   sure // its source held anything when it was cut
+	blank    bool // or may not have
 }
 
 // model is the scene.
@@ -133,7 +135,7 @@ func (m *model) legalOnNode(o op, v *volumeModel) bool {
 	case opDetach:
 		return v.attached[o.Node] != no && !v.used(o.Node)
 	case opStage:
-		return v.attached[o.Node] == yes && v.copied == no // TODO
+		return v.attached[o.Node] == yes
 	case opUnstage:
 		return v.staged[o.Node] != no && v.pods[o.Node] == [sequencePods]sure{}
 	case opPublish:

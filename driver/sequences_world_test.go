@@ -193,6 +193,9 @@ func (w *world) startNode(i int) error {
 		return err
 	}
 	d.WrapStateWrites(func(do func() error) error { return w.faults.Step("state", do) })
+	if _, err := d.Reconcile(context.Background()); err != nil {
+		return fmt.Errorf("CONVERGE: starting node plugin: %w", err)
+	}
 	n.csi = csi.NewNodeClient(drivertest.Direct(d.Register))
 	return nil
 }
@@ -355,7 +358,7 @@ func (w *world) create(o op) (outcome, error) {
 	}
 	if v.from != nil && v.from.volume != "" { // the cloud copies at the first call that comes through to it
 		if source := w.byID(v.from.volume); source != nil {
-			v.content, v.copied = union(v.content, source.content), max(v.copied, source.filled)
+			v.content, v.copied, v.blank = union(v.content, source.content), max(v.copied, source.filled), v.blank || source.filled != yes
 		}
 	}
 	req := &csi.CreateVolumeRequest{
@@ -418,11 +421,11 @@ func (w *world) plan(o op) *volumeModel {
 	case opRestore:
 		s := w.model.snapshots[o.Snapshot]
 		v.shape, v.asked, v.from = s.shape, s.size, &origin{snapshot: s.id}
-		v.content, v.copied = slices.Clone(s.content), s.copied
+		v.content, v.copied, v.blank = slices.Clone(s.content), s.copied, s.blank
 	case opClone:
 		source := w.model.volumes[o.Source]
 		v.shape, v.asked, v.from = source.shape, source.promised, &origin{volume: source.id}
-		v.content, v.copied = slices.Clone(source.content), source.filled
+		v.content, v.copied, v.blank = slices.Clone(source.content), source.filled, source.filled != yes
 	}
 	if o.Larger {
 		v.asked += 16 * mib
@@ -430,15 +433,15 @@ func (w *world) plan(o op) *volumeModel {
 	return v
 }
 
-// cannotCopy: the source is gone, or a copy that nobody has opened, or larger
-// than was known.
+// cannotCopy: the source is gone, or a copy that nobody has opened, or its
+// first use has begun and not ended, or it is larger than was known.
 func (w *world) cannotCopy(from *origin, asked int64, err error) bool {
 	switch status.Code(err) {
 	case codes.NotFound:
 		return !slices.Contains(w.cloud.Volumes(), from.volume) && !slices.Contains(w.cloud.Snapshots(), from.snapshot)
 	case codes.Aborted:
 		v := w.byID(from.volume)
-		return v != nil && v.copied != no
+		return v != nil && (v.copied != no || v.filled == maybe)
 	case codes.InvalidArgument: // it has grown meanwhile
 		v := w.byID(from.volume)
 		return v != nil && (v.resizing || v.promised > asked)
@@ -484,7 +487,7 @@ func (w *world) snapshot(o op) (outcome, error) {
 	}
 	// The cloud cuts at the first call that comes through to it.
 	if v := w.byID(s.of); v != nil {
-		s.content, s.copied = union(s.content, v.content), max(s.copied, v.filled)
+		s.content, s.copied, s.blank = union(s.content, v.content), max(s.copied, v.filled), s.blank || v.filled != yes
 	}
 	var resp *csi.CreateSnapshotResponse
 	out, err := w.call(o, -1, func(ctx context.Context) (err error) {
@@ -576,6 +579,9 @@ func (w *world) stage(o op, v *volumeModel) (outcome, error) {
 		v.staged[o.Node] = max(v.staged[o.Node], maybe)
 		return outcome{refused: true}, nil // the other node has claimed the format
 	}
+	if !out.faulted && status.Code(out.err) == codes.FailedPrecondition && v.filled != yes && w.neverUsed(v) {
+		return outcome{refused: true}, w.nothingLeft(o.Node, v)
+	}
 	v.filled = max(v.filled, maybe)
 	v.copied = min(v.copied, maybe)
 	if out.died || comesBack(out.err) || before == yes {
@@ -588,6 +594,14 @@ func (w *world) stage(o op, v *volumeModel) (outcome, error) {
 	return out, errors.Join(out.legitimate(), w.nothingLeft(o.Node, v))
 }
 
+// neverUsed: the disk is a copy of one that nobody had opened, or not to the
+// end. Where the cloud had cut before and the controller recorded after its
+// source's first use, nobody knows what it should be, and it is refused.
+func (w *world) neverUsed(v *volumeModel) bool {
+	kernel, disk := w.cloud.Disk(v.id)
+	return v.blank && (slices.Equal(v.content, []string{""}) || !kernel.Finished(disk))
+}
+
 // largeEnough: the mapping has what was promised.
 func (w *world) largeEnough(o op, v *volumeModel) error {
 	all, err := drivertest.Mapper{Kernel: w.nodes[o.Node].kernel}.List()
@@ -596,7 +610,8 @@ func (w *world) largeEnough(o op, v *volumeModel) error {
 	}
 	for _, m := range all {
 		if m.Name == driver.MappingName(driverName, v.id) {
-			if m.Size < v.promised && !v.growing && !v.shape.Shared {
+			fixed := v.shape.Integrity && v.from != nil // has what its source had
+			if m.Size < v.promised && !v.growing && !v.shape.Shared && !fixed {
 				return fmt.Errorf("SIZE: volume %s has %d bytes of %d", v.name, m.Size, v.promised)
 			}
 			return nil

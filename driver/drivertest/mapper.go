@@ -376,3 +376,10 @@ func (k *Kernel) OpensWith(path string, key secret.Bytes) bool {
 	h, found := k.disks[k.nodes[path]].readHeader()
 	return found && hmac.Equal(h.MAC, h.sum(key))
 }
+
+// Finished tells whether the header on a disk says that the volume was finished.
+func (k *Kernel) Finished(path string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.disks[k.nodes[path]].made()
+}
