@@ -20,6 +20,7 @@ type ControllerConfig struct {
 	Wrapped    grpc.ClientConnInterface
 	Profile    *Profile // nil: the one of the wrapped driver's name
 	Keys       ControllerKeys
+	Plaintext  Plaintext // nil: every volume is encrypted; else the nodes' list
 
 	Version  string            // GetPluginInfo's
 	Manifest map[string]string // GetPluginInfo's
@@ -135,7 +136,13 @@ func (c controller) ControllerGetCapabilities(ctx context.Context, req *csi.Cont
 func (c controller) ControllerPublishVolume(ctx context.Context, req *csi.ControllerPublishVolumeRequest) (*csi.ControllerPublishVolumeResponse, error) {
 	inner := proto.CloneOf(req)
 	inner.VolumeContext = foreign(req.GetVolumeContext())
-	if capability := req.GetVolumeCapability(); capability != nil {
+	plain := c.cfg.Plaintext.has(c.name, req.GetVolumeId())
+	if plain {
+		if err := marked(req.GetVolumeId(), req.GetVolumeContext()); err != nil {
+			return nil, err
+		}
+	}
+	if capability := req.GetVolumeCapability(); capability != nil && !plain {
 		want, _, err := readCapability(capability)
 		if err != nil {
 			return nil, err
@@ -164,6 +171,11 @@ func (c controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Val
 	}
 	if len(req.GetVolumeCapabilities()) == 0 {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "there is no volume capability")
+	}
+	if c.cfg.Plaintext.has(c.name, req.GetVolumeId()) {
+		return call(ctx, c.wrapped, "ValidateVolumeCapabilities", func(ctx context.Context) (*csi.ValidateVolumeCapabilitiesResponse, error) {
+			return c.wrapped.controller.ValidateVolumeCapabilities(ctx, req)
+		})
 	}
 	inner := proto.CloneOf(req)
 	inner.VolumeContext = foreign(req.GetVolumeContext())
@@ -229,7 +241,7 @@ func (c controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest
 	}
 	out := proto.CloneOf(resp)
 	for _, e := range out.GetEntries() {
-		if v := e.GetVolume(); v != nil {
+		if v := e.GetVolume(); v != nil && !c.cfg.Plaintext.has(c.name, v.GetVolumeId()) {
 			v.CapacityBytes = usableSize(v.GetCapacityBytes(), dek.Spec{})
 		}
 	}
@@ -262,7 +274,7 @@ func (c controller) ControllerModifyVolume(ctx context.Context, req *csi.Control
 	if err := noneOfOurs("parameter", req.GetMutableParameters()); err != nil {
 		return nil, err
 	}
-	if err := c.wrapped.profile.refuses(req.GetMutableParameters()); err != nil {
+	if err := c.wrapped.profile.refuses(req.GetMutableParameters()); err != nil && !c.cfg.Plaintext.has(c.name, req.GetVolumeId()) {
 		return nil, err
 	}
 	return call(ctx, c.wrapped, "ControllerModifyVolume", func(ctx context.Context) (*csi.ControllerModifyVolumeResponse, error) {

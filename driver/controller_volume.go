@@ -135,6 +135,9 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrState, "wrapped driver %s made a volume that cannot have a key: %w", p.wrapped.name, err)
 	}
+	if p.cfg.Plaintext[id] {
+		return nil, errdefs.Errorf(errdefs.ErrExists, "wrapped driver %s answered with volume %s, which is in the list of unencrypted volumes: it is left as it is; if that one was deleted and its ID given again, take it out of the list", p.wrapped.name, volumeID)
+	}
 	out := proto.CloneOf(resp)
 	if out.Volume.VolumeContext, err = volumeContext(resp.GetVolume().GetVolumeContext(), p.spec.Integrity); err != nil {
 		return nil, err
@@ -242,8 +245,10 @@ func (c controller) ControllerExpandVolume(ctx context.Context, req *csi.Control
 			return nil, err
 		}
 	}
-	if inner.VolumeCapability, err = c.innerOf(req.GetVolumeCapability()); err != nil {
-		return nil, err
+	if found || !c.cfg.Plaintext[id] {
+		if inner.VolumeCapability, err = c.innerOf(req.GetVolumeCapability()); err != nil {
+			return nil, err
+		}
 	}
 	resp, err := call(ctx, c.wrapped, "ControllerExpandVolume", func(ctx context.Context) (*csi.ControllerExpandVolumeResponse, error) {
 		return c.wrapped.controller.ControllerExpandVolume(ctx, inner)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -152,3 +153,20 @@ func (Linux) Alias(path, number string) error {
 	}
 	return nil
 }
+
+// LUKS looks at the first bytes of a device. Nothing is believed of them.
+func (Linux) LUKS(path string) (bool, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = f.Close() }()
+	magic := make([]byte, len(luksMagic))
+	if _, err := io.ReadFull(f, magic); err != nil {
+		return false, fmt.Errorf("reading the begin of the device: %w", err)
+	}
+	return string(magic) == luksMagic, nil
+}
+
+// luksMagic begins LUKS headers of both versions.
+const luksMagic = "LUKS\xba\xbe"

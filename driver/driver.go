@@ -84,6 +84,10 @@ type Config struct {
 	// Constellation made, and for no others; Keys is then a client of its
 	// key service, and there is no Creator.
 	Constellation Constellation
+	// Plaintext, where not nil, is the volumes that are passed through as they
+	// are, for trusted configuration says that they are not encrypted. It goes
+	// with neither a Creator nor Constellation nor IntegrityRequired.
+	Plaintext Plaintext
 
 	// What the driver asks of the kernel; nil: of the real one.
 	Filesystems Filesystems
@@ -224,6 +228,12 @@ func checkConfig(cfg Config) error {
 		return invalid("Constellation's key service makes no DEKs, and its volumes are never formatted: --create-keys cannot be")
 	case cfg.Hydrating < 0:
 		return invalid("%d volumes cannot hydrate at once", cfg.Hydrating)
+	case cfg.Plaintext != nil && cfg.Creator != nil:
+		return invalid("a node that creates keys for volumes without one passes none through: --create-keys excludes --plaintext-volumes=pass-through")
+	case cfg.Plaintext != nil && cfg.Constellation != nil:
+		return invalid("a driver for Constellation's volumes has no others: --plaintext-volumes=pass-through cannot be")
+	case cfg.Plaintext != nil && cfg.Integrity == IntegrityRequired:
+		return invalid("volumes that are passed through have no integrity: --integrity=required excludes --plaintext-volumes=pass-through")
 	case cfg.NodeName == "":
 		return invalid("the node's name is not given: without it two nodes could format one volume")
 	case !filepath.IsAbs(cfg.KubeletDir):

@@ -97,7 +97,7 @@ func (d *Driver) expand(ctx context.Context, v volume, path string, req *csi.Nod
 	required := req.GetCapacityRange().GetRequiredBytes()
 	least := required // on a volume without a controller of ours, the device's
 	if st.Spec.Name != "" && required > 0 {
-		least = deviceSize(required, st.Spec.Integrity)
+		least = deviceSize(required, st.Spec)
 	}
 	dev, err := d.grownDevice(ctx, v, least)
 	if err != nil {

@@ -73,6 +73,9 @@ type Devices interface {
 	// Activity says how busy the device "major:minor" is. It does not wait for
 	// the device.
 	Activity(number string) (Activity, error)
+	// LUKS tells whether what is on the device at path begins with a LUKS
+	// header.
+	LUKS(path string) (bool, error)
 }
 
 // Activity of a block device.

@@ -18,15 +18,24 @@ type node struct {
 // NodeStageVolume makes the volume's filesystem, or for block volumes its
 // mapping, ready on this node.
 func (n node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
-	s, err := n.newStaging(req)
+	v, err := n.volume(req.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(s.v.id)
+	unlock, err := n.locks.try(v.id)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if plain, err := n.plaintext(ctx, v, req.GetVolumeContext()); err != nil {
+		return nil, err
+	} else if plain {
+		return n.passStage(ctx, v, req)
+	}
+	s, err := n.newStaging(req)
+	if err != nil {
+		return nil, err
+	}
 	if err := s.stage(ctx); err != nil {
 		return nil, err
 	}
@@ -49,7 +58,15 @@ func (n node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeR
 		return nil, err
 	}
 	defer unlock()
+	if plain, err := n.leftPlaintext(v); err != nil {
+		return nil, err
+	} else if plain {
+		return n.passUnstage(ctx, req)
+	}
 	if err := n.teardown(ctx, v, staging); err != nil {
+		return nil, err
+	}
+	if err := n.unstageForeign(ctx, v, staging); err != nil {
 		return nil, err
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
@@ -57,15 +74,24 @@ func (n node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeR
 
 // NodePublishVolume makes a staged volume visible at a target path.
 func (n node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	p, err := n.newPublishing(req)
+	v, err := n.volume(req.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(p.v.id)
+	unlock, err := n.locks.try(v.id)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if plain, err := n.plaintext(ctx, v, req.GetVolumeContext()); err != nil {
+		return nil, err
+	} else if plain {
+		return n.passPublish(ctx, v, req)
+	}
+	p, err := n.newPublishing(req)
+	if err != nil {
+		return nil, err
+	}
 	if err := p.publish(ctx); err != nil {
 		return nil, err
 	}
@@ -87,6 +113,11 @@ func (n node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVol
 		return nil, err
 	}
 	defer unlock()
+	if plain, err := n.leftPlaintext(v); err != nil {
+		return nil, err
+	} else if plain && !within(target, n.base) {
+		return n.passUnpublish(ctx, req)
+	}
 	if err := n.unpublish(ctx, v, target); err != nil {
 		return nil, err
 	}
@@ -108,6 +139,11 @@ func (n node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeReq
 		return nil, err
 	}
 	defer unlock()
+	if plain, err := n.leftPlaintext(v); err != nil {
+		return nil, err
+	} else if plain {
+		return n.passExpand(ctx, req)
+	}
 	size, err := n.expand(ctx, v, path, req)
 	if err != nil {
 		return nil, err
@@ -118,7 +154,7 @@ func (n node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeReq
 
 // NodeGetVolumeStats measures what a pod sees. It takes no lock and changes
 // nothing.
-func (n node) NodeGetVolumeStats(_ context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+func (n node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
 	v, err := n.volume(req.GetVolumeId())
 	if err != nil {
 		return nil, err
@@ -126,6 +162,11 @@ func (n node) NodeGetVolumeStats(_ context.Context, req *csi.NodeGetVolumeStatsR
 	path, err := volumePath(req.GetVolumePath())
 	if err != nil {
 		return nil, err
+	}
+	if plain, err := n.leftPlaintext(v); err != nil {
+		return nil, err
+	} else if plain {
+		return n.passStats(ctx, req)
 	}
 	return n.stats(v, path)
 }

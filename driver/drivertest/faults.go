@@ -251,3 +251,7 @@ func (x faultyHost) Activity(number string) (driver.Activity, error) {
 func (x faultyHost) Alias(path, number string) error {
 	return x.f.Step("Alias", func() error { return x.h.Alias(path, number) })
 }
+
+func (x faultyHost) LUKS(path string) (bool, error) {
+	return value(x.f, "LUKS", func() (bool, error) { return x.h.LUKS(path) })
+}

@@ -652,6 +652,13 @@ func (k *Kernel) Activity(number string) (driver.Activity, error) {
 	return driver.Activity{Done: k.done[number]}, nil
 }
 
+// LUKS is driver.Devices'.
+func (k *Kernel) LUKS(path string) (bool, error) {
+	magic := make([]byte, len(headerMagic))
+	err := k.ReadAt(path, magic, 0)
+	return string(magic) == headerMagic, err
+}
+
 // Stack puts a foreign device-mapper device onto a disk, as multipathd does
 // (name it "mpath…") or as somebody's LVM.
 func (k *Kernel) Stack(device, name string) (remove func()) {
