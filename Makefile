@@ -87,8 +87,12 @@ test-keys-full: build peers ## the same with the full OpenBao server (7 minutes 
 cryptsetups: # the oldest and the newest libcryptsetup of Debian, for a kernel test
 	@test/install.sh cryptsetup-next
 
+.PHONY: gcepd-build
+gcepd-build: install # a module of its own; two minutes once, then nothing
+	@cd test/gcepd && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o ../../bin/gcepd .
+
 .PHONY: kernel
-kernel: build cryptsetups ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
+kernel: build cryptsetups gcepd-build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
 	@$(call find-pkgs,TestKernel); set -x; \
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs
 
@@ -103,8 +107,12 @@ sequences: install ## whatever sequences of CSI calls an orchestrator may make, 
 		go test -count=1 -timeout 2h -v -run '^TestSequences$$' ./driver | grep -vE '^=== '
 
 .PHONY: sanity
-sanity: build ## csi-sanity alone, with the list of what it skips
+sanity: build gcepd-build ## csi-sanity alone, with the list of what it skips
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' -v ./test/sanity
+
+.PHONY: gcepd
+gcepd: build gcepd-build ## csi-sanity over csi-plugin and the real driver of Google's persistent disks
+	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' -v ./test/sanity -args -ginkgo.focus='GCE PD'
 
 .PHONY: bench
 bench: build ## staging against the same done by hand, on one kernel; not a test
@@ -122,7 +130,7 @@ fuzz: install ## every fuzz target for FUZZTIME (30s)
 	| while read -r dir name; do go test -run '^$$' -fuzz "^$$name$$" -fuzztime $(FUZZTIME) "$$dir"; done
 
 .PHONY: cover
-cover: build cryptsetups ## coverage of unit and kernel tests together, in .cache/cover
+cover: build cryptsetups gcepd-build ## coverage of unit and kernel tests together, in .cache/cover
 	@rm -rf .cache/cover && mkdir -p .cache/cover/unit .cache/cover/kernel
 	go test -count=1 -cover -coverpkg=./... -skip '^TestKernel' ./... -args -test.gocoverdir='$(CURDIR)/.cache/cover/unit'
 	@$(call find-pkgs,TestKernel); set -x; \
@@ -137,7 +145,7 @@ lint: install ## format, vet, linters, go.mod, shell scripts
 	@test/install.sh tools
 	@bad=$$(git ls-files -z --cached --others --exclude-standard '*.go' | xargs -0 gofmt -l); \
 	if [ -n "$$bad" ]; then echo "not formatted by gofmt:" $$bad; exit 1; fi
-	go vet ./...
+	go vet ./... && cd test/gcepd && go vet ./...
 	golangci-lint run
 	go mod tidy -diff
 	shellcheck .ci/run test/*.sh

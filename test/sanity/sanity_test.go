@@ -1,127 +1,207 @@
 // Package sanity_test runs csi-sanity, the conformance suite of kubernetes-csi,
-// over csi-plugin in front of loopdriver, on a real kernel.
+// over csi-plugin in front of other drivers, on a real kernel.
 package sanity_test
 
 import (
+	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
 	"github.com/onsi/ginkgo/v2"
 	"github.com/onsi/ginkgo/v2/types"
 	"github.com/onsi/gomega"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/cryptcsi/cryptcsi/test/stack"
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
 // TestKernelSanity runs every shape in one suite, because ginkgo runs one per
-// process. Specs that do not apply are skipped with a reason that is known
-// here; any other skip fails. The list is printed.
+// process; -ginkgo.focus chooses among them. Specs that do not apply are
+// skipped with a reason that is known here; any other skip fails. The list is
+// printed.
 func TestKernelSanity(t *testing.T) {
-	kernel.Need(t, "root", "loop", "dm-crypt", "keyring", "ext4", "exec:mkfs.ext4", "exec:../../bin/csi-plugin", "exec:../../bin/loopdriver", "exec:../../bin/crypt-worker", "exec:../../bin/key-service")
-	topolvm := []string{"--driver-name=topolvm.io", "--no-stage", "--single-writer", "--fault=stack-publish", "--node-expansion-required=mount"}
-	for _, s := range []shape{
-		{name: "mount", accessType: "mount", keyService: true},
-		{name: "block", accessType: "block"},
-		{name: "mount, without controller", accessType: "mount", nodeAlone: true},
-		{name: "mount, handed over", accessType: "mount", plugin: []string{"--stage-with=wrapped"}},
-		{name: "mount, a driver like host-path", accessType: "mount", driver: []string{"--driver-name=hostpath.csi.k8s.io", "--fixed-type", "--fault=no-grow"}},
-		{name: "mount, a driver like TopoLVM", accessType: "mount", driver: topolvm},
-		{name: "block, a driver like TopoLVM", accessType: "block", driver: topolvm},
-	} {
+	kernel.Need(t, "root", "loop", "dm-crypt", "keyring", "ext4", "exec:mkfs.ext4", "exec:losetup", "exec:../../bin/csi-plugin",
+		"exec:../../bin/loopdriver", "exec:../../bin/gcepd", "exec:../../bin/crypt-worker", "exec:../../bin/key-service")
+	kernel.NoLeaks(t)
+	lacks := map[string][]string{}
+	for _, s := range shapes() {
+		lacks[s.name] = s.lacks
 		describe(t, s)
 	}
-	skipped := map[string]int{}
 	ginkgo.ReportAfterSuite("every skip has a reason", func(report ginkgo.Report) {
+		seconds, skipped := map[string]float64{}, map[string]int{}
 		for _, spec := range report.SpecReports {
-			if !spec.State.Is(types.SpecStateSkipped) {
+			if len(spec.ContainerHierarchyTexts) == 0 {
+				continue // this report's own
+			}
+			name, why := spec.ContainerHierarchyTexts[0], spec.Failure.Message
+			seconds[name] += spec.RunTime.Seconds()
+			if !spec.State.Is(types.SpecStateSkipped) || why == "" { // "": out of focus
 				continue
 			}
-			skipped[spec.Failure.Message]++
-			if !known(spec.Failure.Message) {
-				t.Errorf("skipped: %s: %s", spec.FullText(), spec.Failure.Message)
+			skipped[name+": "+why]++
+			if !slices.ContainsFunc(lacks[name], func(due string) bool { return strings.Contains(why, due) }) {
+				t.Errorf("skipped: %s: %s", spec.FullText(), why)
 			}
+		}
+		for _, name := range slices.Sorted(maps.Keys(seconds)) {
+			fmt.Printf("%4.0f s      %s\n", seconds[name], name)
+		}
+		for _, why := range slices.Sorted(maps.Keys(skipped)) {
+			fmt.Printf("%4d skipped %s\n", skipped[why], why)
 		}
 	})
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	suite, reporter := ginkgo.GinkgoConfiguration()
 	suite.Timeout = 0 // that of go test counts
-	ginkgo.RunSpecs(t, "csi-plugin over loopdriver", suite, reporter)
-	for reason, n := range skipped {
-		fmt.Printf("%4d skipped: %s\n", n, reason)
+	ginkgo.RunSpecs(t, "csi-plugin over other drivers", suite, reporter)
+}
+
+// shape is a stack that the suite runs over.
+type shape struct {
+	name           string
+	access         []string // mount, block or both, one after the other
+	program        string   // the wrapped driver's; "": loopdriver
+	plugin, driver []string // more flags
+	nodeAlone      bool     // no csi-plugin controller
+	keyService     bool
+	lacks          []string // what the suite may say in skipping specs
+}
+
+func shapes() []shape {
+	both := []string{"mount", "block"}
+	loop := []string{"GroupControllerService not supported", "ControllerModifyVolume not supported", "Modify volume not supported", "Modify Volume not supported",
+		"ControllerPublishVolume.readonly field not supported"}
+	gce := []string{"GroupControllerService not supported", "GetSnapshot not supported", "GetCapacity not supported",
+		"does not have single node multi writer capability", "testnodevolumeattachlimit not enabled"}
+	topolvm := []string{"--driver-name=topolvm.io", "--no-stage", "--single-writer", "--fault=stack-publish", "--node-expansion-required=mount"}
+	return []shape{
+		{name: "loopdriver, by a key service", access: both, keyService: true, lacks: loop},
+		{name: "loopdriver, without controller", access: []string{"mount"}, nodeAlone: true, lacks: loop},
+		{name: "loopdriver, handed over", access: []string{"mount"}, plugin: []string{"--stage-with=wrapped"}, lacks: loop},
+		{name: "a driver like host-path", access: []string{"mount"}, driver: []string{"--driver-name=hostpath.csi.k8s.io", "--fixed-type", "--fault=no-grow"}, lacks: loop},
+		{name: "a driver like TopoLVM", access: both, driver: topolvm, lacks: append(loop, "does not have single node multi writer capability")},
+		{name: "GCE PD", access: both, program: "gcepd", lacks: gce},
 	}
 }
 
-// shape is what the suite runs over.
-type shape struct {
-	name, accessType string
-	plugin, driver   []string // more flags
-	nodeAlone        bool     // no csi-plugin controller
-	keyService       bool
-}
-
-// describe adds the suite over a stack of its own.
+// describe adds the suite over a stack of its own, which lives as long as the
+// suite's specs run. After each of them an operator forgets the IDs of deleted
+// volumes: the suite uses names again, which Kubernetes never does, and some
+// drivers make IDs of names.
 func describe(t *testing.T, run shape) {
 	t.Helper()
-	name := run.name
 	bin, err := filepath.Abs("../../bin")
 	if err != nil {
 		t.Fatal(err)
 	}
-	kernel.NoLeaks(t)
-	s, err := stack.Start(t.Context(), stack.Config{
-		Dir: t.TempDir(), Bin: bin, PluginArgs: run.plugin, DriverArgs: append(slices.Clone(run.driver), "--max-volumes=4"),
-		Controller: !run.nodeAlone, KeyService: run.keyService,
-	})
-	if err != nil {
-		t.Fatal(err)
+	args := slices.Clone(run.driver)
+	if run.program == "" {
+		args = append(args, "--max-volumes=4")
 	}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Errorf("%s: stopping: %v", name, err)
+	c := stack.Config{
+		Dir: t.TempDir(), Bin: bin, Driver: run.program, PluginArgs: run.plugin, DriverArgs: args,
+		Controller: !run.nodeAlone, KeyService: run.keyService,
+	}
+	ginkgo.Describe(run.name, ginkgo.Ordered, ginkgo.ContinueOnFailure, func() {
+		var s *stack.Stack
+		var configs []*sanity.TestConfig
+		ginkgo.BeforeAll(func(ctx ginkgo.SpecContext) {
+			s, err = stack.Start(ctx, c)
+			gomega.Expect(err).NotTo(gomega.HaveOccurred())
+			for _, cfg := range configs {
+				gomega.Expect(connect(cfg, s)).To(gomega.Succeed())
+			}
+		})
+		ginkgo.AfterEach(func(ctx ginkgo.SpecContext) { gomega.Expect(s.Forget(ctx)).To(gomega.Succeed()) })
+		ginkgo.AfterAll(func() {
+			if t.Failed() {
+				ginkgo.GinkgoWriter.Println(s.Logs())
+			}
+			gomega.Expect(s.Stop()).To(gomega.Succeed())
+			gomega.Expect(os.RemoveAll(c.Dir)).To(gomega.Succeed())
+		})
+		for _, access := range run.access {
+			cfg := config(run.program, access)
+			configs = append(configs, &cfg)
+			ginkgo.Describe(access, func() { t.Cleanup(sanity.GinkgoTest(&cfg).Finalize) })
 		}
-		if t.Failed() {
-			t.Logf("%s:\n%s", name, s.Logs())
+		if run.program == "gcepd" {
+			ginkgo.It("gives no second key to an ID that is made of a name", func(ctx ginkgo.SpecContext) { nameAgain(ctx, s) })
 		}
 	})
+}
+
+// nameAgain makes, deletes and makes a volume of one name.
+func nameAgain(ctx context.Context, s *stack.Stack) {
+	req := &csi.CreateVolumeRequest{
+		Name: "again", CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}, VolumeCapabilities: []*csi.VolumeCapability{stack.BlockCapability()},
+	}
+	first, err := s.Controller.CreateVolume(ctx, req)
+	gomega.Expect(err).NotTo(gomega.HaveOccurred())
+	id := first.GetVolume().GetVolumeId()
+	_, err = s.Controller.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
+	gomega.Expect(err).NotTo(gomega.HaveOccurred())
+
+	_, err = s.Controller.CreateVolume(ctx, req)
+	gomega.Expect(status.Code(err)).To(gomega.Equal(codes.AlreadyExists))
+	gomega.Expect(s.Forget(ctx)).To(gomega.Succeed())
+	again, err := s.Controller.CreateVolume(ctx, req)
+	gomega.Expect(err).NotTo(gomega.HaveOccurred())
+	gomega.Expect(again.GetVolume().GetVolumeId()).To(gomega.Equal(id))
+	_, err = s.Controller.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
+	gomega.Expect(err).NotTo(gomega.HaveOccurred())
+}
+
+// config is what the suite has to know of the driver.
+func config(program, access string) sanity.TestConfig {
 	cfg := sanity.NewTestConfig()
-	cfg.Address = s.Endpoint
-	cfg.ControllerAddress = s.ControllerEndpoint()
-	cfg.TestVolumeAccessType = run.accessType
+	cfg.TestVolumeAccessType = access
 	cfg.TestVolumeSize = 64 << 20
 	cfg.TestVolumeExpandSize = 96 << 20
 	cfg.TestVolumeParameters = map[string]string{"note": "sanity"}
 	cfg.TestNodeVolumeAttachLimit = true
+	if program == "gcepd" { // disks of whole GiB, and more of them than a test should attach
+		cfg.TestVolumeSize = 1<<30 - 16<<20
+		cfg.TestVolumeExpandSize = 2<<30 - 16<<20
+		cfg.TestVolumeParameters = map[string]string{"type": "hyperdisk-balanced", "provisioned-iops-on-create": "3000", "provisioned-throughput-on-create": "150Mi"}
+		cfg.TestVolumeMutableParameters = map[string]string{"iops": "3013", "throughput": "151"}
+		cfg.TestNodeVolumeAttachLimit = false
+		cfg.IDGen = gceIDs{}
+	}
+	return cfg
+}
+
+// connect tells the suite where the stack is.
+func connect(cfg *sanity.TestConfig, s *stack.Stack) error {
+	cfg.Address = s.Endpoint
+	cfg.ControllerAddress = s.ControllerEndpoint()
 	cfg.TargetPath = filepath.Join(s.KubeletDir(), "pods", "target")
 	cfg.StagingPath = filepath.Join(s.KubeletDir(), "plugins", "staging")
 	for _, dir := range []string{"pods", "plugins"} {
 		if err := os.MkdirAll(filepath.Join(s.KubeletDir(), dir), 0o750); err != nil {
-			t.Fatal(err)
+			return err
 		}
 	}
-	ginkgo.Describe(name, func() {
-		sc := sanity.GinkgoTest(&cfg)
-		t.Cleanup(sc.Finalize)
-	})
+	return nil
 }
 
-// known tells which skips are due: services and methods that loopdriver does
-// not have.
-func known(reason string) bool {
-	for _, r := range []string{
-		"GroupControllerService not supported",
-		"ControllerModifyVolume not supported", "Modify volume not supported", "Modify Volume not supported",
-		"ControllerPublishVolume.readonly field not supported",
-		"does not have single node multi writer capability", // TopoLVM
-	} {
-		if strings.Contains(reason, r) {
-			return true
-		}
-	}
-	return false
+// gceIDs are IDs in the form that GCE PD checks.
+type gceIDs struct{ sanity.DefaultIDGenerator }
+
+func (g gceIDs) GenerateUniqueValidVolumeID() string {
+	return "projects/test-project/zones/country-region-zone/disks/" + g.DefaultIDGenerator.GenerateUniqueValidVolumeID()
+}
+
+func (g gceIDs) GenerateUniqueValidNodeID() string {
+	return "projects/test-project/zones/country-region-zone/instances/" + g.DefaultIDGenerator.GenerateUniqueValidNodeID()
 }

@@ -20,6 +20,11 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/envelope"
+	"github.com/cryptcsi/cryptcsi/kms"
+	"github.com/cryptcsi/cryptcsi/kms/all"
 )
 
 // Node1 is the node that all of it runs on.
@@ -31,9 +36,10 @@ const startTime = time.Minute
 // Config of a Stack.
 type Config struct {
 	Dir        string   // empty directory for sockets, keys, volumes and kubelet's paths
-	Bin        string   // directory of csi-plugin, crypt-worker and loopdriver
+	Bin        string   // directory of csi-plugin, crypt-worker and the wrapped driver
+	Driver     string   // the wrapped driver's program; "": loopdriver
 	PluginArgs []string // more flags of csi-plugin node
-	DriverArgs []string // more flags of loopdriver
+	DriverArgs []string // more flags of the wrapped driver
 	KeyService bool     // csi-plugin asks a key service instead of KEK and store
 	Controller bool     // csi-plugin controller makes the DEKs; else the node does, and forwards the controller's calls
 }
@@ -56,6 +62,9 @@ type Stack struct {
 
 // Start starts both and waits until they serve.
 func Start(ctx context.Context, cfg Config) (*Stack, error) {
+	if cfg.Driver == "" {
+		cfg.Driver = "loopdriver"
+	}
 	s := &Stack{cfg: cfg, Endpoint: "unix://" + filepath.Join(cfg.Dir, "csi.sock")}
 	if err := s.makeKeys(); err != nil {
 		return nil, err
@@ -98,6 +107,46 @@ func (s *Stack) KEK() string {
 // Store returns the URI of the store.
 func (s *Stack) Store() string { return "file://" + s.StoreDir() }
 
+// keyring is what an operator with KEK and store has.
+func (s *Stack) keyring(ctx context.Context) (*envelope.Keyring, error) {
+	kek, err := all.Mux().Open(ctx, s.KEK())
+	if err != nil {
+		return nil, err
+	}
+	store, err := envelope.LocalStores().Open(ctx, s.Store())
+	if err != nil {
+		return nil, err
+	}
+	return envelope.New([]*kms.KEK{kek}, []envelope.Store{store}, envelope.Options{})
+}
+
+// Forget lets the IDs of deleted volumes and snapshots get keys again, as an
+// operator does by `key-service prune --forget`.
+func (s *Stack) Forget(ctx context.Context) error {
+	keys, err := s.keyring(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = keys.Close() }()
+	for token := ""; ; {
+		infos, next, err := keys.List(ctx, token, 100)
+		if err != nil {
+			return err
+		}
+		for _, info := range infos {
+			if info.State != dek.Deleted {
+				continue
+			}
+			if err := keys.Forget(ctx, info.ID); err != nil {
+				return err
+			}
+		}
+		if token = next; token == "" {
+			return nil
+		}
+	}
+}
+
 func (s *Stack) makeKeys() error {
 	for _, dir := range []string{s.StoreDir(), s.KubeletDir(), s.Path("volumes")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -117,10 +166,10 @@ func (s *Stack) makeKeys() error {
 	return nil
 }
 
-// StartDriver starts loopdriver.
+// StartDriver starts the wrapped driver.
 func (s *Stack) StartDriver(ctx context.Context) (err error) {
 	endpoint := "unix://" + s.Path("wrapped.sock")
-	s.driver, err = startProcess(filepath.Join(s.cfg.Bin, "loopdriver"), append([]string{
+	s.driver, err = startProcess(filepath.Join(s.cfg.Bin, s.cfg.Driver), append([]string{
 		"--endpoint=" + endpoint, "--data-dir=" + s.Path("volumes"), "--node-id=" + Node1,
 	}, s.cfg.DriverArgs...))
 	if err != nil {
@@ -197,7 +246,7 @@ func (s *Stack) PluginPID() int { return s.plugin.cmd.Process.Pid }
 
 // Logs returns what all have logged so far.
 func (s *Stack) Logs() string {
-	logs := "--- loopdriver\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
+	logs := "--- " + s.cfg.Driver + "\n" + s.driver.log.String() + "--- csi-plugin\n" + s.plugin.log.String()
 	if s.controller != nil {
 		logs += "--- csi-plugin controller\n" + s.controller.log.String()
 	}
@@ -219,7 +268,7 @@ func (s *Stack) Stop() error {
 		}
 	}
 	if err := s.driver.stop(syscall.SIGTERM); err != nil {
-		return fmt.Errorf("loopdriver: %w", err)
+		return fmt.Errorf("%s: %w", s.cfg.Driver, err)
 	}
 	if s.keys != nil {
 		_ = s.keys.controller.Close()

@@ -13,9 +13,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/cryptcsi/cryptcsi/dek"
-	"github.com/cryptcsi/cryptcsi/envelope"
-	"github.com/cryptcsi/cryptcsi/kms"
-	"github.com/cryptcsi/cryptcsi/kms/all"
 )
 
 // Volume is one volume and the calls that Kubernetes would make for it, each
@@ -92,15 +89,7 @@ func (v *Volume) DEK() dek.ID { return dek.ID(v.s.Name + "/" + v.ID) }
 
 // Key returns the volume's DEK, as an operator with KEK and store can.
 func (v *Volume) Key(ctx context.Context) ([]byte, error) {
-	kek, err := all.Mux().Open(ctx, v.s.KEK())
-	if err != nil {
-		return nil, err
-	}
-	store, err := envelope.LocalStores().Open(ctx, v.s.Store())
-	if err != nil {
-		return nil, err
-	}
-	keys, err := envelope.New([]*kms.KEK{kek}, []envelope.Store{store}, envelope.Options{})
+	keys, err := v.s.keyring(ctx)
 	if err != nil {
 		return nil, err
 	}
