@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -84,11 +85,27 @@ func (d *Driver) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 	if err := makeImage(ctx, d.BackingFile(v.ID), sourceFile, bytes); err != nil {
 		return nil, err
 	}
+	if err := d.formatEarly(ctx, v, req); err != nil {
+		os.Remove(d.BackingFile(v.ID))
+		return nil, err
+	}
 	if err := d.store.putVolume(v); err != nil {
 		os.Remove(d.BackingFile(v.ID))
 		return nil, err
 	}
 	return &csi.CreateVolumeResponse{Volume: d.answer(v, req.GetVolumeContentSource())}, nil
+}
+
+// formatEarly makes the filesystem of a new volume, where that fault is on.
+func (d *Driver) formatEarly(ctx context.Context, v volume, req *csi.CreateVolumeRequest) error {
+	fs := fsType(req.GetVolumeCapabilities()[0])
+	if fs == "" || v.Source != "" || !d.faults.on(faultFormatEarly, v) {
+		return nil
+	}
+	if out, err := d.exec.CommandContext(ctx, "mkfs."+fs, "-q", d.BackingFile(v.ID)).CombinedOutput(); err != nil {
+		return fmt.Errorf("making %s: %w: %s", fs, err, out)
+	}
+	return nil
 }
 
 func contentSourceID(s *csi.VolumeContentSource) string {
@@ -218,7 +235,7 @@ func (d *Driver) ControllerPublishVolume(ctx context.Context, req *csi.Controlle
 	if err := d.store.putVolume(v); err != nil {
 		return nil, err
 	}
-	return &csi.ControllerPublishVolumeResponse{PublishContext: map[string]string{devicePath: d.stale(v, dev)}}, nil
+	return &csi.ControllerPublishVolumeResponse{PublishContext: map[string]string{d.cfg.DeviceKey: d.stale(v, dev)}}, nil
 }
 
 func (d *Driver) published() int {
@@ -403,14 +420,21 @@ func (d *Driver) ControllerExpandVolume(_ context.Context, req *csi.ControllerEx
 		if err := growImage(d.BackingFile(v.ID), v.Bytes); err != nil {
 			return nil, err
 		}
+		if d.faults.on(faultLateGrowth, v) {
+			return d.grown(v, req), nil
+		}
 		if err := growLoop(d.BackingFile(v.ID)); err != nil {
 			return nil, err
 		}
 	}
+	return d.grown(v, req), nil
+}
+
+func (d *Driver) grown(v volume, req *csi.ControllerExpandVolumeRequest) *csi.ControllerExpandVolumeResponse {
 	return &csi.ControllerExpandVolumeResponse{
 		CapacityBytes:         v.Bytes,
 		NodeExpansionRequired: d.nodeExpansion(req.GetVolumeCapability()),
-	}, nil
+	}
 }
 
 func (d *Driver) nodeExpansion(c *csi.VolumeCapability) bool {

@@ -81,6 +81,10 @@ type Config struct {
 	// SingleWriter: SINGLE_NODE_WRITER is the one access mode that is known.
 	SingleWriter bool
 
+	// DeviceKey is the entry of the publish context that names the device;
+	// defaults to devicePath.
+	DeviceKey string
+
 	NodeExpansion NodeExpansion // defaults to ExpandAlways
 	TotalBytes    int64         // what all volumes together may promise; defaults to 1 TiB
 	MaxVolumes    int           // how many may be attached at once; defaults to 128
@@ -98,6 +102,14 @@ type Config struct {
 	//	                            take one layer off at each NodeUnpublishVolume
 	//	no-grow[:VOLUME]            report growth that did not happen
 	//	ignore-block[:VOLUME]       publish a directory where a device was asked for
+	//	late-growth[:VOLUME]        show the device's new size at NodeExpandVolume only
+	//	picky-expand[:VOLUME]       NodeExpandVolume wants range, capability and staging
+	//	                            path, and nothing but block for a block device
+	//	one-mount[:VOLUME]          no block publish of a device that is mounted or bound
+	//	                            elsewhere, nor a read-only one
+	//	forgetful                   NOT_FOUND where there is nothing to unpublish or unstage
+	//	format-early[:VOLUME]       CreateVolume makes the filesystem
+	//	short-name[:VOLUME]         stage only devices named by letters and digits in /dev
 	//
 	// With #n only the n-th call since the fault was set is hit, else every
 	// call. CODE is a gRPC code such as UNAVAILABLE. The file faults.json in
@@ -189,6 +201,9 @@ func (c Config) complete() (Config, error) {
 	case ExpandAlways, ExpandMount, ExpandNever:
 	default:
 		return c, errdefs.Errorf(errdefs.ErrInvalid, "node expansion %q: want always, mount or never", c.NodeExpansion)
+	}
+	if c.DeviceKey == "" {
+		c.DeviceKey = devicePath
 	}
 	if c.TotalBytes == 0 {
 		c.TotalBytes = defaultTotal

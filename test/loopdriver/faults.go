@@ -31,6 +31,13 @@ const (
 	faultStack       = "stack-publish"
 	faultNoGrow      = "no-grow"
 	faultIgnoreBlock = "ignore-block"
+
+	faultLateGrowth  = "late-growth"
+	faultPickyExpand = "picky-expand"
+	faultOneMount    = "one-mount"
+	faultForgetful   = "forgetful"
+	faultFormatEarly = "format-early"
+	faultShortName   = "short-name"
 )
 
 // fault is one parsed fault and how often its RPC was called.
@@ -53,7 +60,8 @@ func parseFault(text string) (*fault, error) {
 	kind, arg, hasArg := strings.Cut(head, ":")
 	f := &fault{text: text, kind: kind, arg: arg}
 	switch kind {
-	case faultStale, faultBlank, faultStack, faultNoGrow, faultIgnoreBlock:
+	case faultStale, faultBlank, faultStack, faultNoGrow, faultIgnoreBlock,
+		faultLateGrowth, faultPickyExpand, faultOneMount, faultForgetful, faultFormatEarly, faultShortName:
 		if hasValue || hasArg && arg == "" {
 			return bad("want %s or %s:VOLUME", kind, kind)
 		}

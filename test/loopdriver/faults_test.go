@@ -21,6 +21,7 @@ func TestFaultSyntax(t *testing.T) {
 		"error:CreateVolume=UNAVAILABLE", "error:CreateVolume#1=OUT_OF_RANGE", "error-after:NodePublishVolume#12=INTERNAL",
 		"stale-device", "stale-device:pvc-1", "blank-device", "blank-device:vol-0123456789",
 		"stack-publish", "no-grow", "ignore-block:x",
+		"late-growth", "picky-expand", "one-mount", "forgetful", "format-early", "short-name:pvc-1",
 	} {
 		if err := r.SetFaults(good); err != nil {
 			t.Errorf("SetFaults(%q): %v", good, err)

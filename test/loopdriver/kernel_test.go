@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -601,5 +602,116 @@ func TestKernelFaultIgnoreBlock(t *testing.T) {
 	if fi, err := os.Lstat(a.target()); err != nil || !fi.IsDir() {
 		t.Errorf("the target is %v, %v; want a directory", fi, err)
 	}
+	a.away(t)
+}
+
+// expand grows a volume, and returns what NodeExpandVolume says to it.
+func (a *attached) expand(t *testing.T, bytes int64, change func(*csi.NodeExpandVolumeRequest)) error {
+	t.Helper()
+	r := &csi.CapacityRange{RequiredBytes: bytes}
+	_, err := a.ControllerExpandVolume(t.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: a.id, CapacityRange: r, VolumeCapability: blockCap()})
+	must(t, "ControllerExpandVolume", err)
+	req := &csi.NodeExpandVolumeRequest{VolumeId: a.id, VolumePath: a.target(), StagingTargetPath: a.staging(), CapacityRange: r, VolumeCapability: blockCap()}
+	if change != nil {
+		change(req)
+	}
+	_, err = a.NodeExpandVolume(t.Context(), req)
+	return err
+}
+
+func TestKernelFaultLateGrowth(t *testing.T) {
+	kernel.Need(t, "root", "loop")
+	r := start(t, loopdriver.Config{Faults: []string{"late-growth", "error:NodeExpandVolume#1=INTERNAL"}})
+	a := r.attach(t, "a", mib)
+	must(t, "stage", a.stage(t, blockCap()))
+	must(t, "publish", a.publish(t, blockCap()))
+	for _, want := range []int64{mib, 2 * mib} {
+		err := a.expand(t, 2*mib, nil)
+		if got := deviceBytes(t, a.target()); got != want {
+			t.Errorf("the device has %d bytes after NodeExpandVolume: %v; want %d", got, err, want)
+		}
+	}
+	a.away(t)
+}
+
+func TestKernelFaultPickyExpand(t *testing.T) {
+	kernel.Need(t, "root", "loop")
+	r := start(t, loopdriver.Config{Faults: []string{"picky-expand"}})
+	a := r.attach(t, "a", mib)
+	must(t, "stage", a.stage(t, blockCap()))
+	must(t, "publish", a.publish(t, blockCap()))
+	for what, change := range map[string]func(*csi.NodeExpandVolumeRequest){
+		"no range":           func(r *csi.NodeExpandVolumeRequest) { r.CapacityRange = nil },
+		"no capability":      func(r *csi.NodeExpandVolumeRequest) { r.VolumeCapability = nil },
+		"another capability": func(r *csi.NodeExpandVolumeRequest) { r.VolumeCapability = mountCap("") },
+		"no staging path":    func(r *csi.NodeExpandVolumeRequest) { r.StagingTargetPath = "" },
+	} {
+		wantCode(t, what, a.expand(t, 2*mib, change), codes.InvalidArgument)
+	}
+	must(t, "expand", a.expand(t, 2*mib, nil))
+	a.away(t)
+}
+
+func TestKernelFaultOneMount(t *testing.T) {
+	kernel.Need(t, "root", "loop")
+	r := start(t, loopdriver.Config{Faults: []string{"one-mount"}})
+	a := r.attach(t, "a", mib)
+	must(t, "stage", a.stage(t, blockCap()))
+	for range 2 {
+		must(t, "publish", a.publish(t, blockCap()))
+	}
+	first := a.dir
+	a.dir = t.TempDir()
+	publish := &csi.NodePublishVolumeRequest{
+		VolumeId: a.id, StagingTargetPath: filepath.Join(first, "staging"), TargetPath: a.target(), VolumeCapability: blockCap(), PublishContext: a.context,
+	}
+	_, err := a.NodePublishVolume(t.Context(), publish)
+	wantCode(t, "a second target", err, codes.FailedPrecondition)
+	a.dir = first
+	must(t, "unpublish", a.unpublish(t))
+	publish.Readonly = true
+	_, err = a.NodePublishVolume(t.Context(), publish)
+	wantCode(t, "read-only", err, codes.InvalidArgument)
+	a.away(t)
+}
+
+func TestKernelFaultForgetful(t *testing.T) {
+	kernel.Need(t, "root", "loop")
+	r := start(t, loopdriver.Config{Faults: []string{"forgetful"}})
+	a := r.attach(t, "a", mib)
+	wantCode(t, "unpublish", a.unpublish(t), codes.NotFound)
+	wantCode(t, "unstage", a.unstage(t), codes.NotFound)
+	must(t, "stage", a.stage(t, blockCap()))
+	must(t, "publish", a.publish(t, blockCap()))
+	a.away(t)
+}
+
+func TestKernelFaultFormatEarly(t *testing.T) {
+	kernel.Need(t, "root", "loop", "exec:mkfs.ext4", "exec:blkid")
+	r := start(t, loopdriver.Config{Faults: []string{"format-early"}})
+	for c, want := range map[*csi.VolumeCapability]string{blockCap(): "", mountCap("ext4"): "ext4"} {
+		req := createRequest("a "+want, 16*mib)
+		req.VolumeCapabilities = []*csi.VolumeCapability{c}
+		resp, err := r.CreateVolume(t.Context(), req)
+		must(t, "CreateVolume", err)
+		out, _ := exec.CommandContext(t.Context(), "blkid", "-p", "-o", "value", "-s", "TYPE", r.BackingFile(resp.GetVolume().GetVolumeId())).Output()
+		if got := strings.TrimSpace(string(out)); got != want {
+			t.Errorf("a new volume holds %q, want %q", got, want)
+		}
+	}
+}
+
+func TestKernelFaultShortName(t *testing.T) {
+	kernel.Need(t, "root", "loop", "ext4", "exec:mkfs.ext4")
+	r := start(t, loopdriver.Config{Faults: []string{"short-name"}, DeviceKey: "at"})
+	a := r.attach(t, "a", 16*mib)
+	own := a.context["at"]
+	long := filepath.Join(t.TempDir(), "device")
+	must(t, "link", os.Symlink(own, long))
+	a.context["at"] = long
+	wantCode(t, "stage", a.stage(t, mountCap("ext4")), codes.NotFound)
+	a.context["at"] = own
+	must(t, "stage", a.stage(t, mountCap("ext4")))
+	must(t, "publish", a.publish(t, mountCap("ext4")))
 	a.away(t)
 }

@@ -5,6 +5,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"regexp"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -77,12 +79,19 @@ func (d *Driver) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 	}
 	dev, err := d.device(&v, req.GetPublishContext())
 	if err == nil && c.GetMount() != nil {
-		err = d.mountDevice(dev, staging, c)
+		err = d.stageMount(v, dev, staging, c)
 	}
 	if err != nil {
 		return nil, d.rollBack(ctx, v, staging, fresh, err)
 	}
 	return &csi.NodeStageVolumeResponse{}, nil
+}
+
+func (d *Driver) stageMount(v volume, dev, staging string, c *csi.VolumeCapability) error {
+	if d.faults.on(faultShortName, v) && !regexp.MustCompile(`^/dev/[A-Za-z0-9]+$`).MatchString(dev) {
+		return errdefs.Errorf(errdefs.ErrNotFound, "%s is no name of a device", dev)
+	}
+	return d.mountDevice(dev, staging, c)
 }
 
 func nonNil(c *csi.VolumeCapability) []*csi.VolumeCapability {
@@ -148,9 +157,9 @@ func (d *Driver) rollBack(ctx context.Context, v volume, path string, fresh bool
 // device returns the device to use: the one that the publish context names,
 // whichever that is, or without ControllerPublishVolume one attached now.
 func (d *Driver) device(v *volume, publishContext map[string]string) (string, error) {
-	dev := publishContext[devicePath]
+	dev := publishContext[d.cfg.DeviceKey]
 	if dev == "" && !d.cfg.NoAttach {
-		return "", errdefs.Errorf(errdefs.ErrInvalid, "the publish context has no %s: was the volume attached?", devicePath)
+		return "", errdefs.Errorf(errdefs.ErrInvalid, "the publish context has no %s: was the volume attached?", d.cfg.DeviceKey)
 	}
 	if dev == "" {
 		attached, err := attachLoop(d.BackingFile(v.ID), v.Device)
@@ -188,7 +197,10 @@ func (d *Driver) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolu
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "there is no staging path")
 	}
 	v, unknown := d.store.volume(req.GetVolumeId())
-	staged := v.Uses[req.GetStagingTargetPath()]
+	staged, known := v.Uses[req.GetStagingTargetPath()]
+	if !known && d.faults.on(faultForgetful, v) {
+		return nil, errdefs.Errorf(errdefs.ErrNotFound, "volume %s is not staged at %s", req.GetVolumeId(), req.GetStagingTargetPath())
+	}
 	for path, u := range v.Uses {
 		if !u.Staged && u.Block == staged.Block && mounted(path) {
 			return nil, errdefs.Errorf(errdefs.ErrState, "volume %s is still published at %s", v.ID, path)
@@ -283,6 +295,9 @@ func (d *Driver) publishBlock(ctx context.Context, v *volume, req *csi.NodePubli
 		return err
 	}
 	dev = d.stale(*v, dev)
+	if err := d.checkOneMount(*v, dev, req); err != nil {
+		return err
+	}
 	if d.faults.on(faultBlank, *v) {
 		if dev, err = d.blank(ctx, *v); err != nil {
 			return err
@@ -296,6 +311,26 @@ func (d *Driver) publishBlock(ctx context.Context, v *volume, req *csi.NodePubli
 	if err := bind(dev, target, req.GetReadonly()); err != nil {
 		os.Remove(target)
 		return err
+	}
+	return nil
+}
+
+// checkOneMount refuses what one-mount has against a block publish.
+func (d *Driver) checkOneMount(v volume, dev string, req *csi.NodePublishVolumeRequest) error {
+	if !d.faults.on(faultOneMount, v) {
+		return nil
+	}
+	if req.GetReadonly() {
+		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s is a block volume and cannot be read-only", v.ID)
+	}
+	infos, err := mount.ParseMountInfo("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for _, info := range infos {
+		if info.Source == dev || info.FsType == "devtmpfs" && info.Root == strings.TrimPrefix(dev, "/dev") {
+			return errdefs.Errorf(errdefs.ErrState, "%s is in use at %s", dev, info.MountPoint)
+		}
 	}
 	return nil
 }
@@ -349,6 +384,9 @@ func (d *Driver) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublish
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "there is no target path")
 	}
 	v, unknown := d.store.volume(req.GetVolumeId())
+	if _, known := v.Uses[req.GetTargetPath()]; !known && d.faults.on(faultForgetful, v) {
+		return nil, errdefs.Errorf(errdefs.ErrNotFound, "volume %s is not published at %s", req.GetVolumeId(), req.GetTargetPath())
+	}
 	undo := unmountAll
 	if unknown == nil && d.faults.on(faultStack, v) {
 		undo = unmountOnce
@@ -433,9 +471,17 @@ func deviceSize(path string) (int64, error) {
 // grown with its device already.
 func (d *Driver) NodeExpandVolume(_ context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
 	path := req.GetVolumePath()
-	_, u, err := d.at(req.GetVolumeId(), path)
+	v, u, err := d.at(req.GetVolumeId(), path)
 	if err != nil {
 		return nil, err
+	}
+	if err := d.checkExpand(v, u, req); err != nil {
+		return nil, err
+	}
+	if d.faults.on(faultLateGrowth, v) {
+		if err := growLoop(d.BackingFile(v.ID)); err != nil {
+			return nil, err
+		}
 	}
 	dev := path
 	if !u.Block {
@@ -451,4 +497,14 @@ func (d *Driver) NodeExpandVolume(_ context.Context, req *csi.NodeExpandVolumeRe
 		return nil, err
 	}
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: bytes}, nil
+}
+
+// checkExpand refuses what picky-expand has against a growth.
+func (d *Driver) checkExpand(v volume, u use, req *csi.NodeExpandVolumeRequest) error {
+	staged := d.cfg.NoStage || v.Uses[req.GetStagingTargetPath()].Staged
+	block := req.GetVolumeCapability().GetBlock() != nil
+	if !d.faults.on(faultPickyExpand, v) || staged && block == u.Block && req.GetVolumeCapability() != nil && req.GetCapacityRange() != nil {
+		return nil
+	}
+	return errdefs.Errorf(errdefs.ErrInvalid, "volume %s: range %v, capability %v and staging path %q do not do", v.ID, req.GetCapacityRange(), req.GetVolumeCapability(), req.GetStagingTargetPath())
 }

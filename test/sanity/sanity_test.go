@@ -20,6 +20,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/test/loopdriver"
 	"github.com/cryptcsi/cryptcsi/test/stack"
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
@@ -74,6 +76,7 @@ type shape struct {
 	plugin, driver []string // more flags
 	nodeAlone      bool     // no csi-plugin controller
 	keyService     bool
+	brief          bool     // leave out what the wrapped driver's habits cannot change
 	lacks          []string // what the suite may say in skipping specs
 }
 
@@ -83,21 +86,43 @@ func shapes() []shape {
 		"ControllerPublishVolume.readonly field not supported"}
 	gce := []string{"GroupControllerService not supported", "GetSnapshot not supported", "GetCapacity not supported",
 		"does not have single node multi writer capability", "testnodevolumeattachlimit not enabled"}
-	topolvm := []string{"--driver-name=topolvm.io", "--no-stage", "--single-writer", "--fault=stack-publish", "--node-expansion-required=mount"}
-	return []shape{
+	all := []shape{
 		{name: "loopdriver, by a key service", access: both, keyService: true, lacks: loop},
 		{name: "loopdriver, without controller", access: []string{"mount"}, nodeAlone: true, lacks: loop},
-		{name: "loopdriver, handed over", access: []string{"mount"}, plugin: []string{"--stage-with=wrapped"}, lacks: loop},
-		{name: "a driver like host-path", access: []string{"mount"}, driver: []string{"--driver-name=hostpath.csi.k8s.io", "--fixed-type", "--fault=no-grow"}, lacks: loop},
-		{name: "a driver like TopoLVM", access: both, driver: topolvm, lacks: append(loop, "does not have single node multi writer capability")},
-		{name: "GCE PD", access: both, program: "gcepd", lacks: gce},
+		{name: "GCE PD itself", access: both, program: "gcepd", lacks: gce},
 	}
+	for _, name := range loopdriver.Others() {
+		lacks := append(slices.Clone(loop), "does not depend on the driver")
+		switch name {
+		case "topolvm.io":
+			lacks = append(lacks, "does not have single node multi writer capability")
+		case "rbd.csi.ceph.com":
+			lacks = append(lacks, "ControllerPublishVolume not supported", "ControllerUnpublishVolume not supported", "Controller Publish, UnpublishVolume not supported")
+		}
+		run := shape{name: "like " + name, access: both, driver: []string{"--like=" + name}, brief: true, lacks: lacks}
+		all = append(all, run)
+		if p, _ := driver.ProfileOf(name); p.HandOver {
+			run.name, run.access, run.plugin = run.name+", handed over", []string{"mount"}, []string{"--stage-with=wrapped"}
+			all = append(all, run)
+		}
+	}
+	return all
+}
+
+// brief tells which specs a wrapped driver's habits can change.
+func brief(spec string) bool {
+	for _, part := range []string{"Node Service", "ExpandVolume", "CreateVolume", "ControllerPublishVolume", "lifecycle"} {
+		if strings.Contains(spec, part) {
+			return true
+		}
+	}
+	return false
 }
 
 // describe adds the suite over a stack of its own, which lives as long as the
-// suite's specs run. After each of them an operator forgets the IDs of deleted
-// volumes: the suite uses names again, which Kubernetes never does, and some
-// drivers make IDs of names.
+// suite's specs run. Where the driver makes IDs of names, an operator forgets the
+// IDs of deleted volumes after each spec: the suite uses names again, which
+// Kubernetes never does.
 func describe(t *testing.T, run shape) {
 	t.Helper()
 	bin, err := filepath.Abs("../../bin")
@@ -122,7 +147,16 @@ func describe(t *testing.T, run shape) {
 				gomega.Expect(connect(cfg, s)).To(gomega.Succeed())
 			}
 		})
-		ginkgo.AfterEach(func(ctx ginkgo.SpecContext) { gomega.Expect(s.Forget(ctx)).To(gomega.Succeed()) })
+		ginkgo.BeforeEach(func() {
+			if run.brief && !brief(ginkgo.CurrentSpecReport().FullText()) {
+				ginkgo.Skip("does not depend on the driver")
+			}
+		})
+		ginkgo.AfterEach(func(ctx ginkgo.SpecContext) {
+			if run.program == "gcepd" {
+				gomega.Expect(s.Forget(ctx)).To(gomega.Succeed())
+			}
+		})
 		ginkgo.AfterAll(func() {
 			if t.Failed() {
 				ginkgo.GinkgoWriter.Println(s.Logs())
@@ -132,6 +166,9 @@ func describe(t *testing.T, run shape) {
 		})
 		for _, access := range run.access {
 			cfg := config(run.program, access)
+			if run.brief {
+				cfg.IdempotentCount = 2
+			}
 			configs = append(configs, &cfg)
 			ginkgo.Describe(access, func() { t.Cleanup(sanity.GinkgoTest(&cfg).Finalize) })
 		}

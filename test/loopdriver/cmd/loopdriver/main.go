@@ -37,6 +37,12 @@ only the n-th call is hit.
   stack-publish[:VOLUME]        mount again at each NodePublishVolume
   no-grow[:VOLUME]              report growth that did not happen
   ignore-block[:VOLUME]         publish a directory instead of a device
+  late-growth[:VOLUME]          show a device's new size at NodeExpandVolume only
+  picky-expand[:VOLUME]         NodeExpandVolume wants all that it can be given
+  one-mount[:VOLUME]            publish a device once and never read-only
+  forgetful                     NOT_FOUND where nothing is published or staged
+  format-early[:VOLUME]         CreateVolume makes the filesystem
+  short-name[:VOLUME]           stage /dev/NAME only, of letters and digits
 
 Flags:
 `
@@ -58,6 +64,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) int {
 	expansion := flags.String("node-expansion-required", string(loopdriver.ExpandAlways), "what ControllerExpandVolume answers: always, mount (not for block volumes) or never")
 	verbose := flags.Bool("verbose", false, "log the methods that are called all the time, too")
 	flags.StringVar(&cfg.Name, "driver-name", loopdriver.DefaultName, "name of the driver")
+	like := flags.String("like", "", "behave as the driver of this name is known to; its habits come before other flags'")
 	flags.StringVar(&cfg.DataDir, "data-dir", "", "directory for volumes and state; required")
 	flags.StringVar(&cfg.NodeID, "node-id", hostname, "this node's ID")
 	flags.IntVar(&cfg.MaxVolumes, "max-volumes", 128, "how many volumes may be attached at once")
@@ -79,6 +86,12 @@ func run(ctx context.Context, args []string, stderr io.Writer) int {
 		return 2
 	}
 	cfg.NoAttach, cfg.NodeExpansion = !*attach, loopdriver.NodeExpansion(*expansion)
+	if known := true; *like != "" {
+		if cfg, known = loopdriver.Like(*like, cfg); !known {
+			fmt.Fprintf(stderr, "loopdriver: --like %s: nothing is known of it\n", *like)
+			return 2
+		}
+	}
 	level := slog.LevelInfo
 	if *verbose {
 		level = slog.LevelDebug

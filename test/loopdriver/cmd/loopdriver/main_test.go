@@ -26,6 +26,7 @@ func TestCommandLine(t *testing.T) {
 		{nil, 1, "a data directory and a node ID are required"},
 		{[]string{"--data-dir", dir, "--endpoint", "tcp://127.0.0.1:1"}, 1, "endpoint"},
 		{[]string{"--data-dir", dir, "--fault", "nonsense"}, 1, "nonsense"},
+		{[]string{"--data-dir", dir, "--like", "who.example.com"}, 2, "nothing is known of it"},
 		{[]string{"--data-dir", dir, "--node-expansion-required", "sometimes"}, 1, "sometimes"},
 	} {
 		var stderr bytes.Buffer
