@@ -2,6 +2,7 @@ package driver_test
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 
@@ -23,6 +25,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/driver/drivertest"
 	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/test/loopdriver"
 )
 
 var update = flag.Bool("update", false, "write testdata/profiles.txt")
@@ -310,5 +313,54 @@ func TestEveryProfileCounts(t *testing.T) {
 				differs("refusing "+setting.Key, p)
 			}
 		})
+	}
+}
+
+// TestEveryKnownDriverIsPlayed: csi-sanity runs over all that test/loopdriver
+// plays.
+func TestEveryKnownDriverIsPlayed(t *testing.T) {
+	for name, p := range driver.Profiles() {
+		if p.Known && name != loopdriver.DefaultName && !slices.Contains(loopdriver.Others(), name) {
+			t.Errorf("loopdriver does not know the habits of %s", name)
+		}
+	}
+}
+
+// TestParseProfile makes each row of the table by fields alone.
+func TestParseProfile(t *testing.T) {
+	none, yes := driver.Profile{}, driver.Profile{Known: true, CreateAsBlock: true, OneNode: true, SingleWriter: true, NeverGrows: true, Alias: true}
+	azure, _ := driver.ProfileOf("disk.csi.azure.com")
+	less := azure
+	less.Refuses, less.OneNode = azure.Refuses[1:], true
+	for text, want := range map[string]driver.Profile{
+		"":                   none,
+		"disk.csi.azure.com": azure,
+		"disk.csi.azure.com,allow=FSTYPE,one-node=yes":                                            less,
+		",known=yes,create-as-block=yes,one-node=yes,single-writer=yes,never-grows=yes,alias=yes": yes,
+		",expand=skip,not-ready=yes":                                                              {Expand: driver.ExpandSkip, NotReady: errdefs.ErrInvalid},
+		",expand=delegate,expand=best-effort,not-ready=yes,not-ready=no,known=yes,known=no":       none,
+		",hand-over=theDevice": {HandOver: true, DeviceKey: "theDevice"},
+		"csi.hetzner.cloud,hand-over=no,known=no,allow=fsFormatOptions,allow=encryption-passphrase": none,
+	} {
+		got, err := driver.ParseProfile(text)
+		if diff := cmp.Diff(want, got, cmpopts.EquateErrors(), cmpopts.EquateEmpty()); err != nil || diff != "" {
+			t.Errorf("%q: %v (-want +got)\n%s", text, err, diff)
+		}
+	}
+	for text, says := range map[string]string{
+		"who.example.com": "who.example.com", ",known": "no value", ",known=": "no value", ",known=true": "no, yes",
+		",expand=no": "delegate", ",knwon=yes": "no such field", ",not-ready=INVALID_ARGUMENT": "no, yes", ",refuse=": "no value",
+	} {
+		if _, err := driver.ParseProfile(text); !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), says) {
+			t.Errorf("%q: %v, want ErrInvalid with %q", text, err, says)
+		}
+	}
+	if p, err := driver.ParseProfile("nfs.csi.k8s.io,known=yes"); err != nil || p.Refused == "" {
+		t.Errorf("NFS can be wrapped by a flag: %v", err)
+	}
+	if p, err := driver.ParseProfile("ebs.csi.aws.com,refuse=x"); err != nil {
+		t.Errorf("refuse: %v", err)
+	} else if s := p.Refuses[len(p.Refuses)-1]; s.Key != "x" || s.Why == "" {
+		t.Errorf("refuse=x adds %+v", s)
 	}
 }

@@ -42,7 +42,7 @@ func (f *frontFlags) add(fs *flag.FlagSet) {
 	fs.StringVar(&f.endpoint, "endpoint", cmp.Or(os.Getenv("CSI_ENDPOINT"), "unix:///csi/csi.sock"), "unix socket to serve CSI on; default from $CSI_ENDPOINT")
 	fs.StringVar(&f.wrapped, "wrapped-endpoint", "", "unix socket of the wrapped driver's "+f.verb+" server (required)")
 	fs.StringVar(&f.driverName, "driver-name", "", "CSI driver name to serve under, the same for node and controller; empty takes the wrapped driver's")
-	fs.StringVar(&f.profile, "profile", "", "name of the driver that the wrapped one is treated as, where its own is not known; empty goes by its own")
+	fs.StringVar(&f.profile, "profile", "", "name of the driver that the wrapped one is treated as, and changes: NAME,FIELD=VALUE,... (docs/storageclass.md); empty goes by its own name")
 	fs.StringVar(&f.metricsAddress, "metrics-address", "", "address for /metrics, /healthz and /readyz, e.g. :9808; empty for none")
 	fs.DurationVar(&f.startTimeout, "start-timeout", time.Minute, "how long to wait for the wrapped driver at start")
 	fs.DurationVar(&f.drainTimeout, "drain-timeout", 30*time.Second, "how long calls may go on after SIGTERM")
@@ -72,18 +72,19 @@ func (f *frontFlags) check() error {
 	case !strings.HasPrefix(f.wrapped, "unix:"):
 		return usageError(fmt.Sprintf("%s: --wrapped-endpoint %q: must be a unix socket, unix:///path", f.verb, f.wrapped))
 	}
-	if _, known := driver.ProfileOf(f.profile); f.profile != "" && !known {
-		return usageError(fmt.Sprintf("%s: --profile %q: no driver of that name is known", f.verb, f.profile))
+	if _, err := driver.ParseProfile(f.profile); err != nil {
+		return usageError(fmt.Sprintf("%s: --profile %q: %v", f.verb, f.profile, err))
 	}
 	return nil
 }
 
-// profileGiven is the profile that --profile names, nil without.
+// profileGiven is the profile that --profile names, nil without. check has
+// found it to be right.
 func (f *frontFlags) profileGiven() *driver.Profile {
 	if f.profile == "" {
 		return nil
 	}
-	p, _ := driver.ProfileOf(f.profile)
+	p, _ := driver.ParseProfile(f.profile)
 	return &p
 }
 
