@@ -107,8 +107,8 @@ sequences: install ## whatever sequences of CSI calls an orchestrator may make, 
 		go test -count=1 -timeout 2h -v -run '^TestSequences$$' ./driver | grep -vE '^=== '
 
 .PHONY: sanity
-sanity: build gcepd-build ## csi-sanity alone, with the list of what it skips
-	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' -v ./test/sanity
+sanity: build gcepd-build ## csi-sanity in full over each driver, with the list of what it skips (make kernel: a part of it over most)
+	SANITY_ALL=1 VM_ENV=SANITY_ALL go test -count=1 -timeout 40m $(in-guest) -run '^TestKernel' -v ./test/sanity
 
 .PHONY: gcepd
 gcepd: build gcepd-build ## csi-sanity over csi-plugin and the real driver of Google's persistent disks
