@@ -86,7 +86,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) int {
 		return 2
 	}
 	cfg.NoAttach, cfg.NodeExpansion = !*attach, loopdriver.NodeExpansion(*expansion)
-	if known := true; *like != "" {
+	if *like != "" {
+		var known bool
 		if cfg, known = loopdriver.Like(*like, cfg); !known {
 			fmt.Fprintf(stderr, "loopdriver: --like %s: nothing is known of it\n", *like)
 			return 2
