@@ -51,6 +51,7 @@ build: install ## build all binaries into bin/
 	CGO_ENABLED=0 $(GOBUILD) -o bin/demo ./test/demo
 	CGO_ENABLED=0 $(GOBUILD) -o bin/attack ./test/attack
 	CGO_ENABLED=0 $(GOBUILD) -o bin/bench ./test/bench
+	CGO_ENABLED=0 $(GOBUILD) -o bin/e2e ./test/e2e
 
 .PHONY: demo
 demo: build ## watch volumes come up encrypted, on a kernel with device-mapper (KEYS=direct: without a key service)
@@ -95,6 +96,11 @@ gcepd-build: install # a module of its own; two minutes once, then nothing
 kernel: build cryptsetups gcepd-build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
 	@$(call find-pkgs,TestKernel); set -x; \
 	go test -count=1 -timeout 9m $(in-guest) -run '^TestKernel' $$pkgs
+
+.PHONY: e2e
+e2e: build ## a real Kubernetes with the plugin as deploy/kubernetes installs it (ONLY=regexp of scenarios)
+	@test/install.sh e2e
+	@bin/e2e -only='$(ONLY)'
 
 .PHONY: crash
 crash: build ## kill worker and guest at every step of a volume's first life (make test: a sample)

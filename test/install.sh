@@ -17,6 +17,8 @@
 #   cryptsetup-next  the oldest and the newest libcryptsetup that Debian has, with
 #             all libraries below them, under .cache/cryptsetup-next (they are not
 #             installed on the machine, nor are their suites added to its apt)
+#   e2e       Kubernetes (without its own images) and the sidecars of CSI, built
+#             from test/e2e/*/ into .tools/bin, and what a node needs besides
 #   tools     linters, built from the versions pinned in test/tools/go.mod
 #             into .tools/bin
 #
@@ -46,6 +48,8 @@ peer_packages=(
 	python3-pykmip  # a KMIP server
 	softhsm2 opensc # a PKCS#11 module, and a tool to ask it
 )
+
+e2e_packages=(containerd runc containernetworking-plugins iproute2)
 
 # Whose cryptsetup the tests use besides the machine's own: 2.3 and 2.8.
 cryptsetup_suites=(bullseye forky)
@@ -310,6 +314,31 @@ install_peers() { # NAME, or nothing for all
 	done
 }
 
+# build_e2e builds the programs of a module of test/e2e with a version in them.
+build_e2e() { # MODULE VARIABLE=VERSION...
+	local module=$root/test/e2e/$1 stamp=$root/.tools/e2e-$1 set=() v
+	[ "$(cat "$stamp" 2>/dev/null)" = "$(peer_hash "$module")" ] && return
+	for v in "${@:2}"; do set+=(-X "$v"); done
+	mkdir -p "$root/.tools/bin"
+	local what=(install tool)
+	[ ! -e "$module/main.go" ] || what=(install .)
+	quietly "$1 in .tools/bin" env -C "$module" GOFLAGS=-mod=readonly CGO_ENABLED=0 GOBIN="$root/.tools/bin" \
+		nice -n 10 go "${what[0]}" -trimpath -ldflags "-s -w ${set[*]}" "${what[1]}"
+	peer_hash "$module" >"$stamp"
+}
+
+install_e2e() {
+	debian "${e2e_packages[@]}"
+	install_go
+	local version=k8s.io/component-base/version
+	build_e2e kubernetes $version.gitVersion=v1.36.3 $version.gitMajor=1 $version.gitMinor=36
+	build_e2e sidecars main.version=v0.0.0-e2e
+	local crds
+	crds=$(cd "$root/test/e2e/sidecars" && go list -mod=readonly -m -f '{{.Dir}}' github.com/kubernetes-csi/external-snapshotter/client/v8)
+	rm -rf "$root/.tools/snapshot-crds"
+	cp -r --no-preserve=mode "$crds/config/crd" "$root/.tools/snapshot-crds"
+}
+
 [ $# -gt 0 ] || set -- packages go
 for group; do
 	case $group in
@@ -319,7 +348,8 @@ for group; do
 	peers) install_peers ;;
 	peers=*) install_peers "${group#peers=}" ;;
 	cryptsetup-next) install_cryptsetup_next ;;
+	e2e) install_e2e ;;
 	tools) install_tools ;;
-	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next tools" ;;
+	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e tools" ;;
 	esac
 done

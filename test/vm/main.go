@@ -122,7 +122,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 // choose says how to run where nobody has chosen: on this kernel if it can do
 // what is asked, else in a guest.
 func choose(o *options) string {
-	if len(o.disks) == 0 && o.killOn == "" && kernel.Missing("root") == nil && kernel.Missing("dm-crypt") == nil {
+	if len(o.disks) == 0 && o.killOn == "" && o.tap == "" && kernel.Missing("root") == nil && kernel.Missing("dm-crypt") == nil {
 		return "native"
 	}
 	return "uml"

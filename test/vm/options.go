@@ -25,6 +25,7 @@ type options struct {
 	timeout time.Duration // 0: none
 	rw      []string      // absolute directories to share writable
 	disks   []string      // absolute files to attach as block devices
+	tap     string        // tap device of the host that is the guest's eth0; empty: none
 	killOn  string        // kill the guest when its output has this; empty: never
 	args    []string      // the command, at least one
 	outputs testOutputs
@@ -68,6 +69,7 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (*option
 	fs.DurationVar(&o.timeout, "timeout", 0, "stop the guest after this time, 0: never\n(VM_TIMEOUT; default -test.timeout and a little, else 10m)")
 	fs.Var(&rw, "rw", "share this `directory` of the host writable, at the same path; may be repeated\n(VM_RW, separated by colons)")
 	fs.Var(&disks, "disk", "attach this `file` as the next of /dev/ubda, /dev/ubdb, …; may be repeated\n(VM_DISK, separated by colons)")
+	fs.StringVar(&o.tap, "tap", "", "give the guest an eth0 at the other end of this tap `device`; user-mode Linux only")
 	fs.StringVar(&o.killOn, "kill-on", "", "kill the guest, as a power cut would, when its standard output contains this `string`")
 	for name, variable := range map[string]string{"mem": "VM_MEM", "timeout": "VM_TIMEOUT", "rw": "VM_RW", "disk": "VM_DISK"} {
 		for value := range strings.SplitSeq(getenv(variable), ":") {
@@ -113,6 +115,10 @@ func (o *options) check() error {
 		return fmt.Errorf("%d disks: a guest takes %d", len(o.disks), maxDisks)
 	case o.mode == "native" && (len(o.disks) > 0 || o.killOn != ""):
 		return errors.New("-disk and -kill-on need a guest, and VM=native asks for none")
+	case o.tap != "" && (o.mode == "native" || o.mode == "qemu"):
+		return fmt.Errorf("-tap needs user-mode Linux, and VM=%s asks for another", o.mode)
+	case !regexp.MustCompile(`^[a-z0-9]{0,15}$`).MatchString(o.tap):
+		return fmt.Errorf("-tap %q: want the name of a tap device", o.tap)
 	}
 	return nil
 }

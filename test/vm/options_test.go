@@ -73,6 +73,9 @@ func TestParseRefuses(t *testing.T) {
 		{"sh", "xen", "VM="},
 		{"-disk /d sh", "native", "need a guest"},
 		{"-kill-on X sh", "native", "need a guest"},
+		{"-tap tap0 sh", "native", "user-mode Linux"},
+		{"-tap tap0 sh", "qemu", "user-mode Linux"},
+		{"-tap tap0,x sh", "", "-tap"},
 		{"-nonsense sh", "", "usage"},
 	} {
 		_, err := parse(strings.Fields(tt.args), func(name string) string { return map[string]string{"VM": tt.vm}[name] }, io.Discard)

@@ -53,6 +53,9 @@ func umlCommand(o *options, j *job, scratch string) (*exec.Cmd, error) {
 		}
 		args = append(args, fmt.Sprintf("ubd%d=%s", i, link))
 	}
+	if o.tap != "" {
+		args = append(args, "eth0=tuntap,"+o.tap)
+	}
 	text, err := j.encode()
 	if err != nil {
 		return nil, err

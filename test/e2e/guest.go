@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// diskBytes is how large the node's disk is; the file is sparse.
+const diskBytes = 12 << 30
+
+// guest is the node's machine.
+type guest struct {
+	plane *controlPlane
+	vm    *process
+}
+
+// makeDisk makes the node's empty disk.
+func makeDisk(ctx context.Context, s site) error {
+	f, err := os.Create(s.path(diskFile))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(f.Truncate(diskBytes), f.Close()); err != nil {
+		return err
+	}
+	_, err = command(ctx, "mkfs.ext4", "-q", "-E", "lazy_itable_init=1,lazy_journal_init=1", f.Name())
+	return err
+}
+
+// boot starts the machine.
+func (g *guest) boot() error {
+	s := g.plane.site
+	vm, err := start(s.logs(), "guest", filepath.Join(s.bin, "vm"), "-mem=4G", "-timeout=0", "-tap="+tapDevice, "-rw="+s.dir, "-disk="+s.path(diskFile),
+		"--", filepath.Join(s.bin, "e2e"), "node", s.dir)
+	if err != nil {
+		return err
+	}
+	g.vm = vm
+	return nil
+}
+
+// ready waits until the node is Ready and has said so since a moment.
+func (g *guest) ready(ctx context.Context, since time.Time) error {
+	c := g.plane
+	return c.await(ctx, 3*time.Minute, "the node", func(ctx context.Context) error {
+		if err := g.vm.failed(); err != nil {
+			return err
+		}
+		n, err := c.client.CoreV1().Nodes().Get(ctx, nodeName, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, condition := range n.Status.Conditions {
+			if condition.Type != corev1.NodeReady {
+				continue
+			}
+			if condition.Status == corev1.ConditionTrue && !condition.LastHeartbeatTime.Time.Before(since.Truncate(time.Second)) {
+				return nil
+			}
+			return fmt.Errorf("%s since %v: %s", condition.Status, condition.LastHeartbeatTime, condition.Message)
+		}
+		return errors.New("no condition Ready")
+	})
+}
+
+// crash ends the machine as a power cut does. What its kernel had not written
+// is lost; the Node object stays.
+func (g *guest) crash() { g.vm.stop() }
+
+// gone waits until the cluster has noticed that the node is away.
+func (g *guest) gone(ctx context.Context) error {
+	return g.plane.await(ctx, 2*time.Minute, "the node's end", func(ctx context.Context) error {
+		n, err := g.plane.client.CoreV1().Nodes().Get(ctx, nodeName, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		for _, condition := range n.Status.Conditions {
+			if condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
+				return errors.New("the node is still Ready")
+			}
+		}
+		return err
+	})
+}
