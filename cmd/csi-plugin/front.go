@@ -32,6 +32,7 @@ type frontFlags struct {
 	driverName, profile        string
 	metricsAddress             string
 	startTimeout, drainTimeout time.Duration
+	beside                     []func(context.Context) error // what runs as long as CSI is served
 }
 
 func (f *frontFlags) add(fs *flag.FlagSet) {
@@ -125,6 +126,9 @@ func (f *frontFlags) serve(ctx context.Context, log *slog.Logger, d front, conn 
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return server.Serve(ctx, lis) })
+	for _, run := range f.beside {
+		g.Go(func() error { return run(ctx) })
+	}
 	if f.metricsAddress != "" {
 		g.Go(func() error {
 			return m.Serve(ctx, f.metricsAddress, func(ctx context.Context) error { return probe(ctx, conn) })

@@ -55,6 +55,7 @@ func TestCommandLines(t *testing.T) {
 		{"node --kms-uri-file=" + uri + " --storage-uri=mem://", 2, "--wrapped-endpoint is required"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=tcp:1", 2, "must be a unix socket"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --endpoint=unix:///a", 2, "same socket"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --kubelet-registration-path=csi.sock", 2, "must be an absolute path"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --warm-workers=-1", 2, "--warm-workers"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --logging-format=xml", 2, "--logging-format"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --crypt-worker=/nowhere", 1, "crypt-worker /nowhere does not run"},

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 
@@ -30,6 +31,7 @@ type nodeFlags struct {
 	worker               *string
 	warmWorkers          int
 	headerBackup         bool
+	registrationPath     string
 }
 
 func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
@@ -44,6 +46,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs.StringVar(&f.integrity, "integrity", string(driver.IntegrityDefault), `authenticated sectors: "off" refuses volumes that ask for them, "default" does as the volume asks, "required" refuses volumes without`)
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
 	fs.BoolVar(&f.headerBackup, "header-backup", false, "keep in each volume's record, under its DEK, what restore-header makes a destroyed header from; volumes without one get it when they are next staged")
+	fs.StringVar(&f.registrationPath, "kubelet-registration-path", "", "path of --endpoint's socket on the node: the plugin registers itself with kubelet, in --kubelet-dir/plugins_registry; empty leaves that to node-driver-registrar")
 	f.worker = workerFlag(fs)
 	fs.IntVar(&f.warmWorkers, "warm-workers", 2, "crypt-workers kept started ahead")
 	if err := f.parse(fs, args); err != nil {
@@ -51,6 +54,9 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	}
 	if f.warmWorkers < 0 || f.warmWorkers > 64 {
 		return nil, usageError(fmt.Sprintf("node: --warm-workers %d: must be 0 to 64", f.warmWorkers))
+	}
+	if f.registrationPath != "" && !filepath.IsAbs(f.registrationPath) {
+		return nil, usageError(fmt.Sprintf("node: --kubelet-registration-path %q: must be an absolute path", f.registrationPath))
 	}
 	return f, nil
 }
@@ -94,6 +100,10 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	d, err := newDriver(ctx, f, log, conn, keyring, mapper{cm}, library)
 	if err != nil {
 		return err
+	}
+	if f.registrationPath != "" {
+		r := newRegistration(d.Name(), f.registrationPath, log)
+		f.beside = append(f.beside, func(ctx context.Context) error { return r.serve(ctx, f.kubeletDir) })
 	}
 	return f.serve(ctx, log, d, conn, m, d.ServerOptions()...)
 }

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+
+	"golang.org/x/sync/errgroup"
+	registrationpb "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
+
+	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
+)
+
+// registration tells kubelet which driver serves where: what
+// node-driver-registrar does elsewhere.
+type registration struct {
+	registrationpb.UnimplementedRegistrationServer
+	name, endpoint string
+	log            *slog.Logger
+	refused        chan string
+}
+
+// newRegistration registers the driver of a name, whose socket kubelet finds at
+// endpoint.
+func newRegistration(name, endpoint string, log *slog.Logger) *registration {
+	return &registration{name: name, endpoint: endpoint, log: log, refused: make(chan string, 1)}
+}
+
+// serve answers kubelet, which watches the folder and asks again when it was
+// restarted, until ctx ends: then the driver is registered no longer. kubelet
+// does not ask again by itself after it has refused; that is an error, so that
+// the process ends and the next one is asked.
+func (r *registration) serve(ctx context.Context, kubeletDir string) error {
+	lis, err := grpcserver.Listen(filepath.Join(kubeletDir, "plugins_registry", r.name+"-reg.sock"))
+	if err != nil {
+		return fmt.Errorf("registration with kubelet: %w", err)
+	}
+	server := grpcserver.New(grpcserver.Config{Logger: r.log})
+	registrationpb.RegisterRegistrationServer(server, r)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return server.Serve(ctx, lis) })
+	g.Go(func() error {
+		select {
+		case why := <-r.refused:
+			return fmt.Errorf("kubelet has refused to register %s: %s", r.name, why)
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	return g.Wait()
+}
+
+func (r *registration) GetInfo(context.Context, *registrationpb.InfoRequest) (*registrationpb.PluginInfo, error) {
+	// The version is that of kubelet's protocol with CSI drivers.
+	return &registrationpb.PluginInfo{Type: "CSIPlugin", Name: r.name, Endpoint: r.endpoint, SupportedVersions: []string{"1.0.0"}}, nil
+}
+
+func (r *registration) NotifyRegistrationStatus(_ context.Context, s *registrationpb.RegistrationStatus) (*registrationpb.RegistrationStatusResponse, error) {
+	if s.GetPluginRegistered() {
+		r.log.Info("registered with kubelet", "driver", r.name, "endpoint", r.endpoint)
+		return &registrationpb.RegistrationStatusResponse{}, nil
+	}
+	select {
+	case r.refused <- s.GetError():
+	default:
+	}
+	return &registrationpb.RegistrationStatusResponse{}, nil
+}
