@@ -333,10 +333,15 @@ install_e2e() {
 	local version=k8s.io/component-base/version
 	build_e2e kubernetes $version.gitVersion=v1.36.3 $version.gitMajor=1 $version.gitMinor=36
 	build_e2e sidecars main.version=v0.0.0-e2e
-	local crds
-	crds=$(cd "$root/test/e2e/sidecars" && go list -mod=readonly -m -f '{{.Dir}}' github.com/kubernetes-csi/external-snapshotter/client/v8)
-	rm -rf "$root/.tools/snapshot-crds"
+	# What a cluster has for snapshots, besides the driver's own sidecar.
+	local snapshotter=github.com/kubernetes-csi/external-snapshotter crds controller
+	crds=$(cd "$root/test/e2e/sidecars" && go list -mod=readonly -m -f '{{.Dir}}' $snapshotter/client/v8)
+	controller=$(cd "$root/test/e2e/sidecars" && go list -mod=readonly -m -f '{{.Dir}}' $snapshotter/v8)
+	rm -rf "$root/.tools/snapshot-crds" "$root/.tools/snapshot-controller"
 	cp -r --no-preserve=mode "$crds/config/crd" "$root/.tools/snapshot-crds"
+	cp -r --no-preserve=mode "$controller/deploy/kubernetes/snapshot-controller" "$root/.tools/snapshot-controller"
+	# The release names the image of the one before it.
+	sed -i 's/snapshot-controller:v8\.5\.0/snapshot-controller:v8.6.0/; s/replicas: 2/replicas: 1/' "$root"/.tools/snapshot-controller/setup-*.yaml
 }
 
 [ $# -gt 0 ] || set -- packages go

@@ -101,5 +101,20 @@ func tell(ctx context.Context, st *story, s site) error {
 	if err != nil {
 		return err
 	}
+	err = st.that("a vendor's driver and the snapshot controller are installed", func() (string, error) {
+		return "", errors.Join(serveDNS(ctx, plane.client), plane.installVendor(ctx))
+	})
+	if err != nil {
+		return err
+	}
+	err = st.that("cryptcsi is installed: key service, controller with sidecars, node plugin; all pods are ready", func() (string, error) {
+		if err := plane.install(ctx); err != nil {
+			return "", err
+		}
+		return "", errors.Join(plane.installed(ctx, namespace, 3), plane.registered(ctx))
+	})
+	if err != nil {
+		return err
+	}
 	return nil
 }
