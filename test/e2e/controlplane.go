@@ -134,7 +134,7 @@ func (c *controlPlane) startAPIServer() error {
 			"--listen-peer-urls="+peer, "--initial-advertise-peer-urls="+peer, "--initial-cluster=default="+peer),
 		c.start("kube-apiserver", "--etcd-servers="+etcd, "--bind-address=0.0.0.0", "--secure-port=443", "--advertise-address="+hostIP,
 			"--tls-cert-file="+cert, "--tls-private-key-file="+key, "--client-ca-file="+c.ca.file, "--token-auth-file="+s.path("tokens"),
-			"--kubelet-client-certificate="+clientCert, "--kubelet-client-key="+clientKey,
+			"--kubelet-preferred-address-types=InternalIP", "--kubelet-client-certificate="+clientCert, "--kubelet-client-key="+clientKey,
 			"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
 			"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+accounts, "--service-account-signing-key-file="+accountsKey,
 			"--service-cluster-ip-range="+serviceNet, "--endpoint-reconciler-type=none", "--allow-privileged=true", "--shutdown-delay-duration=0"))

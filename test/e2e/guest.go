@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -13,26 +12,10 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// diskBytes is how large the node's disk is; the file is sparse.
-const diskBytes = 12 << 30
-
 // guest is the node's machine.
 type guest struct {
 	plane *controlPlane
 	vm    *process
-}
-
-// makeDisk makes the node's empty disk.
-func makeDisk(ctx context.Context, s site) error {
-	f, err := os.Create(s.path(diskFile))
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(f.Truncate(diskBytes), f.Close()); err != nil {
-		return err
-	}
-	_, err = command(ctx, "mkfs.ext4", "-q", "-E", "lazy_itable_init=1,lazy_journal_init=1", f.Name())
-	return err
 }
 
 // boot starts the machine.

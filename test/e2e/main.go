@@ -126,5 +126,8 @@ func inside(dir string) error {
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		return fmt.Errorf("proc: %w", err)
 	}
+	if err := unix.Mount("run", "/run", "tmpfs", 0, ""); err != nil {
+		return fmt.Errorf("/run: %w", err)
+	}
 	return run(ctx, dir, o)
 }

@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -52,23 +50,29 @@ func runNode(dir string) error {
 	if err != nil {
 		return err
 	}
-	// kubelet waits for containerd by itself, and pods for their images, which
-	// are imported meanwhile.
-	kubelet, err := start(s.logs(), "kubelet", s.kub, "kubelet", "--config=/etc/kubelet-e2e.json", "--kubeconfig="+s.path("kubelet.kubeconfig"),
-		"--hostname-override="+nodeName, "--node-ip="+nodeIP, "--v=2")
-	if err != nil {
-		return err
+	return errors.Join(keepKubelet(ctx, s, containerd), containerd.failed())
+}
+
+// keepKubelet runs kubelet, again when it has ended, as systemd does; until
+// containerd ends, or kubelet does so too often.
+func keepKubelet(ctx context.Context, s site, containerd *process) error {
+	for range 10 {
+		kubelet, err := start(s.logs(), "kubelet", s.kub, "kubelet", "--config=/etc/kubelet-e2e.json", "--kubeconfig="+s.path("kubelet.kubeconfig"),
+			"--hostname-override="+nodeName, "--node-ip="+nodeIP, "--v=2")
+		if err != nil {
+			return err
+		}
+		select {
+		case <-containerd.done:
+			return nil
+		case <-kubelet.done:
+			fmt.Println("node:", kubelet.failed())
+			if messages, err := command(ctx, "dmesg"); err == nil {
+				fmt.Println(messages[max(0, len(messages)-4000):])
+			}
+		}
 	}
-	if err := importImages(ctx, s); err != nil {
-		return err
-	}
-	fmt.Println("node: images are there")
-	select {
-	case <-containerd.done:
-		return containerd.failed()
-	case <-kubelet.done:
-		return kubelet.failed()
-	}
+	return errors.New("kubelet ends again and again")
 }
 
 func nodeNetwork(ctx context.Context) error {
@@ -164,30 +168,3 @@ const networkConfig = `{"cniVersion": "0.4.0", "name": "pods", "plugins": [{
   "ipam": {"type": "host-local", "ranges": [[{"subnet": "` + podNet + `"}]], "routes": [{"dst": "0.0.0.0/0"}], "dataDir": "/run/cni"}
 }]}
 `
-
-// importImages imports what a boot before this one has not.
-func importImages(ctx context.Context, s site) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
-	for {
-		conn, err := os.Stat(containerdSocket)
-		if err == nil && conn.Mode().Type() == fs.ModeSocket {
-			if _, err := command(ctx, "ctr", "--connect-timeout=5s", "version"); err == nil {
-				break
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return errors.New("containerd does not answer")
-		case <-time.After(200 * time.Millisecond):
-		}
-	}
-	const done = "/var/lib/containerd/images-imported"
-	if _, err := os.Stat(done); err == nil {
-		return nil
-	}
-	if _, err := command(ctx, "ctr", "-n", "k8s.io", "images", "import", s.path(imagesFile)); err != nil {
-		return err
-	}
-	return os.WriteFile(done, nil, 0o644)
-}

@@ -113,8 +113,8 @@ func tell(ctx context.Context, st *story, s site) error {
 		}
 		return "", errors.Join(plane.installed(ctx, namespace, 3), plane.registered(ctx))
 	})
-	if err != nil {
-		return err
+	if err == nil {
+		(&tester{plane, node}).scenarios(ctx, st)
 	}
-	return nil
+	return err
 }

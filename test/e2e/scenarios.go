@@ -1,0 +1,280 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// marker is what pods write and no disk must show.
+const marker = "TOP SECRET: the cloud must not read this"
+
+// The claims of the scenarios.
+func filesystem() want { return want{name: "files", class: "encrypted", size: "128Mi"} }
+func block() want      { return want{name: "block", class: "encrypted", size: "64Mi", block: true} }
+func integrity() want {
+	return want{name: "integrity", class: "encrypted-integrity", size: "64Mi"}
+}
+
+// scenarios are told in this order; a later one may use what an earlier one has
+// left.
+func (t *tester) scenarios(ctx context.Context, s *story) {
+	s.scenario("a claim and a pod: a filesystem, encrypted, with what the pod writes", func() (string, error) { return t.firstVolume(ctx) })
+	s.scenario("the pod is deleted and comes back: the data is there", func() (string, error) { return "", t.returns(ctx, filesystem()) })
+	s.scenario("a block volume: written, the pod deleted, read by the next", func() (string, error) { return "", t.blockVolume(ctx) })
+	s.scenario("a volume with integrity: written, the pod deleted, read by the next", func() (string, error) { return "", t.integrityVolume(ctx) })
+	s.scenario("the filesystem grows under its pod", func() (string, error) { return t.expand(ctx) })
+	s.scenario("the plugin is killed while it stages: the next one goes on", func() (string, error) { return "", t.pluginKilled(ctx) })
+	s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
+	s.scenario("a node to which the volume is not attached gets no key", func() (string, error) { return t.otherNode(ctx) })
+	s.scenario("a wrong parameter in a StorageClass: the claim says so", func() (string, error) { return t.wrongParameter(ctx) })
+	s.scenario("the node loses its power and boots: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
+	s.scenario("a claim is deleted: the volume is gone, and its key with it", func() (string, error) { return t.deleted(ctx) })
+}
+
+func (t *tester) firstVolume(ctx context.Context) (string, error) {
+	begin := time.Now()
+	if err := t.up(ctx, filesystem()); err != nil {
+		return "", err
+	}
+	took := time.Since(begin)
+	mounted, err := t.sh(ctx, "files", "echo '"+marker+"' > /data/file && sync && grep ' /data ' /proc/mounts")
+	if err != nil {
+		return "", err
+	}
+	if !strings.HasPrefix(mounted, "/dev/mapper/cryptcsi-") {
+		return "", fmt.Errorf("the pod has no crypt device: %s", mounted)
+	}
+	return fmt.Sprintf("running %.1f s after apply", took.Seconds()), t.noPlaintext(ctx, "files")
+}
+
+// noPlaintext looks for the marker in the driver's file of the volume.
+func (t *tester) noPlaintext(ctx context.Context, claim string) error {
+	v, err := t.volume(ctx, claim)
+	if err != nil {
+		return err
+	}
+	file := "/disks/volumes/" + v.Spec.CSI.VolumeHandle + ".img"
+	out, err := t.kubectl(ctx, "exec", "-n", "kube-system", "disks", "--", "sh", "-ec", "[ -s "+file+" ]; tr -d '\\000' < "+file+" | grep -qF '"+marker+"' && echo FOUND || echo none")
+	if err != nil {
+		return err
+	}
+	if strings.TrimSpace(out) != "none" {
+		return fmt.Errorf("the disk has what the pod wrote, in plain: %s", out)
+	}
+	return nil
+}
+
+// returns deletes a pod, makes it anew and looks for its data.
+func (t *tester) returns(ctx context.Context, w want) error {
+	if err := t.again(ctx, w); err != nil {
+		return err
+	}
+	return t.reads(ctx, w)
+}
+
+// reads looks for what a pod, or one before it, has written.
+func (t *tester) reads(ctx context.Context, w want) error {
+	read := "cat /data/file"
+	if w.block {
+		read = fmt.Sprintf("head -c %d /dev/data", len(marker))
+	}
+	got, err := t.sh(ctx, w.name, read)
+	if err == nil && got != marker {
+		err = fmt.Errorf("the pod reads %.80q", got)
+	}
+	return err
+}
+
+func (t *tester) blockVolume(ctx context.Context) error {
+	if err := t.up(ctx, block()); err != nil {
+		return err
+	}
+	if _, err := t.sh(ctx, "block", "printf '"+marker+"' | dd of=/dev/data conv=notrunc,fsync"); err != nil {
+		return err
+	}
+	return errors.Join(t.noPlaintext(ctx, "block"), t.returns(ctx, block()))
+}
+
+func (t *tester) integrityVolume(ctx context.Context) error {
+	if err := t.up(ctx, integrity()); err != nil {
+		return err
+	}
+	if _, err := t.sh(ctx, "integrity", "echo '"+marker+"' > /data/file && sync"); err != nil {
+		return err
+	}
+	return t.returns(ctx, integrity())
+}
+
+func (t *tester) expand(ctx context.Context) (string, error) {
+	const size = `df -k /data | awk 'END { print $2 }'`
+	before, err := t.sh(ctx, "files", size)
+	if err != nil {
+		return "", err
+	}
+	if _, err := t.kubectl(ctx, "patch", "pvc", "-n", user, "files", "-p", `{"spec":{"resources":{"requests":{"storage":"256Mi"}}}}`); err != nil {
+		return "", err
+	}
+	err = t.await(ctx, patience, "growth", func(ctx context.Context) error {
+		c, err := t.client.CoreV1().PersistentVolumeClaims(user).Get(ctx, "files", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if got := c.Status.Capacity[corev1.ResourceStorage]; got.Cmp(resource.MustParse("256Mi")) != 0 {
+			return fmt.Errorf("the claim has %s: %v\n%s", got.String(), c.Status.Conditions, t.events(ctx, "files"))
+		}
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	after, err := t.sh(ctx, "files", size)
+	if err == nil && after == before {
+		err = errors.New("the pod sees no growth")
+	}
+	return fmt.Sprintf("the pod sees %s KiB, before %s KiB", after, before), errors.Join(err, t.reads(ctx, filesystem()))
+}
+
+// pluginKilled lets a volume with integrity, which is written in full before it
+// is handed out, lose its plugin meanwhile.
+func (t *tester) pluginKilled(ctx context.Context) error {
+	w := want{name: "killed", class: "encrypted-integrity", size: "256Mi"}
+	if err := errors.Join(t.claim(ctx, w), t.pod(ctx, w)); err != nil {
+		return err
+	}
+	err := t.await(ctx, patience, "staging", func(ctx context.Context) error {
+		v, err := t.volume(ctx, w.name)
+		if err != nil {
+			return err
+		}
+		if record, err := t.record(ctx, v.Spec.CSI.VolumeHandle); err != nil || !strings.Contains(record, `"claim"`) {
+			return fmt.Errorf("the volume's format is not claimed yet, %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if _, err := t.kubectl(ctx, "delete", "pod", "-n", namespace, "-l", "app.kubernetes.io/component=node", "--force", "--grace-period=0"); err != nil {
+		return err
+	}
+	return errors.Join(t.installed(ctx, namespace, 3), t.running(ctx, w.name))
+}
+
+func (t *tester) keyServiceAway(ctx context.Context) (string, error) {
+	if err := errors.Join(t.down(ctx, "files"), t.scale(ctx, "key-service", 0), t.pod(ctx, filesystem())); err != nil {
+		return "", err
+	}
+	var said string
+	err := t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
+		for line := range strings.Lines(t.events(ctx, "files")) {
+			if strings.Contains(line, "FailedMount") && strings.Contains(line, "key service") {
+				said = line
+				return nil
+			}
+		}
+		return errors.New(t.events(ctx, "files"))
+	})
+	if err != nil {
+		return "", errors.Join(err, t.scale(ctx, "key-service", 1))
+	}
+	return said, errors.Join(t.scale(ctx, "key-service", 1), t.running(ctx, "files"), t.reads(ctx, filesystem()))
+}
+
+func (t *tester) wrongParameter(ctx context.Context) (string, error) {
+	_, err := t.client.StorageV1().StorageClasses().Create(ctx, &storagev1.StorageClass{
+		ObjectMeta: metav1.ObjectMeta{Name: "wrong"}, Provisioner: driverName, Parameters: map[string]string{"cryptcsi.io/integrty": "hmac-sha256"},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return "", err
+	}
+	if err := t.claim(ctx, want{name: "wrong", class: "wrong", size: "64Mi"}); err != nil {
+		return "", err
+	}
+	var said string
+	err = t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
+		for line := range strings.Lines(t.events(ctx, "wrong")) {
+			if strings.Contains(line, "ProvisioningFailed") && strings.Contains(line, "cryptcsi.io/integrty") {
+				said = line
+				return nil
+			}
+		}
+		return errors.New(t.events(ctx, "wrong"))
+	})
+	return said, err
+}
+
+func (t *tester) powerCut(ctx context.Context) (string, error) {
+	pods, err := t.client.CoreV1().Pods(user).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return "", err
+	}
+	t.node.crash()
+	if err := t.node.gone(ctx); err != nil {
+		return "", err
+	}
+	begin := time.Now()
+	if err := errors.Join(t.node.boot(), t.node.ready(ctx, begin)); err != nil {
+		return "", err
+	}
+	ready := time.Since(begin)
+	for _, p := range pods.Items {
+		if err := t.restarted(ctx, p.Name, begin); err != nil {
+			return "", err
+		}
+	}
+	detail := fmt.Sprintf("node ready %.1f s, %d pods with their volumes %.1f s after the power came back", ready.Seconds(), len(pods.Items), time.Since(begin).Seconds())
+	return detail, errors.Join(t.reads(ctx, filesystem()), t.reads(ctx, block()), t.reads(ctx, integrity()))
+}
+
+// restarted waits until a pod's container has started since a time.
+func (t *tester) restarted(ctx context.Context, name string, since time.Time) error {
+	return t.await(ctx, patience, "pod "+name, func(ctx context.Context) error {
+		p, err := t.client.CoreV1().Pods(user).Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, s := range p.Status.ContainerStatuses {
+			if r := s.State.Running; r != nil && r.StartedAt.After(since.Truncate(time.Second)) {
+				return podReady(p)
+			}
+		}
+		return fmt.Errorf("it has not started again: %v\n%s", podReady(p), t.events(ctx, name))
+	})
+}
+
+func (t *tester) deleted(ctx context.Context) (string, error) {
+	v, err := t.volume(ctx, "block")
+	if err != nil {
+		return "", err
+	}
+	id := v.Spec.CSI.VolumeHandle
+	if record, err := t.record(ctx, id); err != nil || record == "" {
+		return "", fmt.Errorf("there should be a record of %s before: %w", id, err)
+	}
+	if err := t.down(ctx, "block"); err != nil {
+		return "", err
+	}
+	if err := t.client.CoreV1().PersistentVolumeClaims(user).Delete(ctx, "block", metav1.DeleteOptions{}); err != nil {
+		return "", err
+	}
+	var record string
+	err = t.await(ctx, patience, "the end of the volume", func(ctx context.Context) error {
+		if _, err := t.client.CoreV1().PersistentVolumes().Get(ctx, v.Name, metav1.GetOptions{}); err == nil {
+			return errors.New("the PersistentVolume is still there")
+		}
+		record, err = t.record(ctx, id)
+		if err == nil && !strings.Contains(record, `"deleted"`) {
+			err = fmt.Errorf("the record is %s", record)
+		}
+		return err
+	})
+	return "its record: " + record, err
+}
