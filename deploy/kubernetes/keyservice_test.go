@@ -120,11 +120,7 @@ func ofVolume(v corev1.Volume) []string {
 
 func keyService(t *testing.T, objects []any) *appsv1.Deployment {
 	t.Helper()
-	all := of[*appsv1.Deployment](objects)
-	if len(all) != 1 || all[0].Name != "key-service" {
-		t.Fatalf("%d Deployments, want key-service alone", len(all))
-	}
-	return all[0]
+	return deployment(t, objects, "key-service")
 }
 
 // TestKeyServiceIsConfined: no privilege, nothing writable, spread over nodes,
@@ -159,8 +155,9 @@ func TestKeyServiceIsConfined(t *testing.T) {
 	}
 	selects(t, "Deployment", d.Spec.Selector, d.Spec.Template.Labels)
 	for _, b := range of[*policyv1.PodDisruptionBudget](objects) {
-		selects(t, "PodDisruptionBudget", b.Spec.Selector, d.Spec.Template.Labels)
-		if b.Spec.MaxUnavailable.IntValue() != 1 || b.Namespace != d.Namespace {
+		of := deployment(t, objects, b.Name)
+		selects(t, "PodDisruptionBudget", b.Spec.Selector, of.Spec.Template.Labels)
+		if b.Spec.MaxUnavailable.IntValue() != 1 || b.Namespace != of.Namespace {
 			t.Errorf("PodDisruptionBudget: %+v", b.Spec)
 		}
 	}
@@ -297,7 +294,7 @@ func TestIdentities(t *testing.T) {
 // the cluster and in its store's namespace, and nothing else.
 func TestRules(t *testing.T) {
 	objects := build(t, keyed)
-	roles := of[*rbacv1.ClusterRole](objects)
+	roles := slices.DeleteFunc(of[*rbacv1.ClusterRole](objects), func(r *rbacv1.ClusterRole) bool { return r.Name != "cryptcsi-key-service" })
 	if len(roles) != 1 || !reflect.DeepEqual(roles[0].Rules, documented(t)) {
 		t.Errorf("ClusterRoles %+v, want the one that go doc ./kube shows", roles)
 	}
@@ -315,6 +312,9 @@ func TestRules(t *testing.T) {
 	}
 	got := map[string]bool{}
 	for _, r := range of[*rbacv1.Role](objects) {
+		if r.Name != "cryptcsi-key-service" {
+			continue
+		}
 		if r.Namespace != "cryptcsi-keys" {
 			t.Errorf("a Role in namespace %s", r.Namespace)
 		}
@@ -327,6 +327,32 @@ func TestRules(t *testing.T) {
 	if !maps.Equal(got, want) {
 		t.Errorf("in the store's namespace it may %v, want %v", got, want)
 	}
+}
+
+// TestControllerIsConfined: its containers have no privilege and nothing
+// writable, and may read no Secret.
+func TestControllerIsConfined(t *testing.T) {
+	objects := build(t, "examples/aws-ebs")
+	d := deployment(t, objects, "cryptcsi-controller")
+	for _, c := range d.Spec.Template.Spec.Containers {
+		s := c.SecurityContext
+		if !*s.ReadOnlyRootFilesystem || *s.AllowPrivilegeEscalation || s.Privileged != nil || s.RunAsUser != nil || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) {
+			t.Errorf("%s: security context %+v", c.Name, s)
+		}
+	}
+	if s := d.Spec.Template.Spec.SecurityContext; !*s.RunAsNonRoot || *s.RunAsUser == 0 {
+		t.Errorf("the pod's security context: %+v", s)
+	}
+	for _, r := range of[*rbacv1.ClusterRole](objects) {
+		for _, rule := range r.Rules {
+			for _, resource := range rule.Resources {
+				if resource == "secrets" || resource == "*" || slices.Contains(rule.Verbs, "*") {
+					t.Errorf("%s may %v %v", r.Name, rule.Verbs, rule.Resources)
+				}
+			}
+		}
+	}
+	selects(t, "Deployment", d.Spec.Selector, d.Spec.Template.Labels)
 }
 
 // TestMonitored: Prometheus finds the metrics of all that show some.

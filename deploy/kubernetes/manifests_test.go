@@ -34,6 +34,11 @@ const (
 	kubelet   = "/var/lib/kubelet"
 )
 
+// beside are the overlays that stand beside a vendor's driver, each with keys.
+func beside() []string {
+	return []string{"examples/aws-ebs", "examples/azuredisk", "examples/cinder", "examples/gcp-pd", "examples/hostpath"}
+}
+
 // newObject returns an empty object of the kind, nil where we do not use it.
 func newObject(kind string) any {
 	switch kind {
@@ -230,7 +235,7 @@ func TestDecodingIsStrict(t *testing.T) {
 }
 
 func TestDaemonSets(t *testing.T) {
-	for _, dir := range []string{"base", keyed, demo} {
+	for _, dir := range append([]string{"base", keyed, demo}, beside()...) {
 		t.Run(dir, func(t *testing.T) {
 			set := daemonSet(t, dir)
 			pod := set.Spec.Template.Spec
@@ -354,26 +359,81 @@ func socket(t *testing.T, c corev1.Container, name string) string {
 func TestSocketsMeet(t *testing.T) {
 	set := daemonSet(t, demo)
 	plugin := container(t, set.Spec.Template.Spec, "csi-plugin")
-	registrar := container(t, set.Spec.Template.Spec, "node-driver-registrar")
 	provisioner := container(t, set.Spec.Template.Spec, "csi-provisioner")
 
 	if got, want := socket(t, plugin, "wrapped-endpoint"), socket(t, container(t, set.Spec.Template.Spec, "loopdriver"), "endpoint"); got != want {
 		t.Errorf("csi-plugin looks for the wrapped driver at %s, which serves at %s", got, want)
 	}
 	serves := socket(t, plugin, "endpoint")
-	for _, c := range []corev1.Container{registrar, provisioner} {
-		if got := nodePath(t, c, flag(t, c, "csi-address")); got != serves {
-			t.Errorf("%s looks for csi-plugin at %s, which serves at %s", c.Name, got, serves)
-		}
+	if got := nodePath(t, provisioner, flag(t, provisioner, "csi-address")); got != serves {
+		t.Errorf("csi-provisioner looks for csi-plugin at %s, which serves at %s", got, serves)
 	}
 	name, file, _ := strings.Cut(serves, ":")
 	v := volume(set.Spec.Template.Spec, name)
 	if v == nil || v.HostPath == nil {
 		t.Fatalf("csi-plugin's socket is not on the node")
 	}
-	if got, want := flag(t, registrar, "kubelet-registration-path"), path.Join(v.HostPath.Path, file); got != want {
+	if got, want := flag(t, plugin, "kubelet-registration-path"), path.Join(v.HostPath.Path, file); got != want {
 		t.Errorf("kubelet is told %s, the socket is %s", got, want)
 	}
+}
+
+// TestBeside: node and controller serve under one name, which CSIDriver and
+// StorageClasses have too and which is not the vendor's; the sidecars find
+// csi-plugin, and csi-plugin the wrapped driver.
+func TestBeside(t *testing.T) {
+	for _, dir := range beside() {
+		t.Run(dir, func(t *testing.T) {
+			objects := build(t, dir)
+			node := container(t, daemonSet(t, dir).Spec.Template.Spec, "csi-plugin")
+			pod := deployment(t, objects, "cryptcsi-controller").Spec.Template.Spec
+			controller := container(t, pod, "csi-plugin")
+			name := flag(t, node, "driver-name")
+			if got := flag(t, controller, "driver-name"); got != name {
+				t.Errorf("the controller serves %s, the nodes %s", got, name)
+			}
+			drivers, classes := of[*storagev1.CSIDriver](objects), of[*storagev1.StorageClass](objects)
+			if len(drivers) != 1 || drivers[0].Name != name || len(classes) != 2 {
+				t.Errorf("CSIDriver objects %v and %d StorageClasses, want one called %s and 2", drivers, len(classes), name)
+			}
+			for _, class := range classes {
+				if class.Provisioner != name {
+					t.Errorf("StorageClass %s has provisioner %s, the driver is %s", class.Name, class.Provisioner, name)
+				}
+			}
+			vendor := strings.TrimPrefix(name, "encrypted.")
+			socketDir := volume(daemonSet(t, dir).Spec.Template.Spec, "wrapped").HostPath
+			if vendor == name || socketDir == nil || !strings.HasPrefix(socketDir.Path, kubelet+"/plugins/") {
+				t.Errorf("%s is not beside the vendor's driver: socket in %v", name, socketDir)
+			}
+			serves, wrapped := socket(t, controller, "endpoint"), socket(t, controller, "wrapped-endpoint")
+			for _, c := range pod.Containers {
+				checkMounts(t, pod, c)
+				checkProbes(t, c)
+				switch {
+				case c.Name == "csi-plugin":
+				case strings.HasPrefix(c.Image, "registry.k8s.io/sig-storage/"):
+					if got := nodePath(t, c, flag(t, c, "csi-address")); got != serves {
+						t.Errorf("%s looks for csi-plugin at %s, which serves at %s", c.Name, got, serves)
+					}
+				default:
+					if got := socket(t, c, "endpoint"); got != wrapped {
+						t.Errorf("the vendor's %s serves at %s, csi-plugin looks at %s", c.Name, got, wrapped)
+					}
+				}
+			}
+		})
+	}
+}
+
+func deployment(t *testing.T, objects []any, name string) *appsv1.Deployment {
+	t.Helper()
+	all := of[*appsv1.Deployment](objects)
+	i := slices.IndexFunc(all, func(d *appsv1.Deployment) bool { return d.Name == name })
+	if i < 0 {
+		t.Fatalf("there is no Deployment %s", name)
+	}
+	return all[i]
 }
 
 func TestDemoNames(t *testing.T) {

@@ -114,7 +114,7 @@ func (t *tester) integrityVolume(ctx context.Context) error {
 }
 
 func (t *tester) expand(ctx context.Context) (string, error) {
-	const size = `df -k /data | awk 'END { print $2 }'`
+	const size = `df -kP /data | awk 'END { print $2 }'`
 	before, err := t.sh(ctx, "files", size)
 	if err != nil {
 		return "", err
