@@ -47,6 +47,9 @@ func KernelHasClone() error {
 
 // hydrate is Mapper.Hydrate.
 func hydrate(name string, on bool) error {
+	if err := CheckName(name); err != nil {
+		return err
+	}
 	message := "disable_hydration"
 	if on {
 		message = "enable_hydration"

@@ -198,7 +198,11 @@ func (o *operation) makeClone(t luks2.Token, fresh bool) error {
 		return err
 	}
 	clone := cryptmapper.CloneName(name)
-	if err := o.layer(clone, target); err != nil {
+	// A sector that is not authentic, a checksum that is wrong, a block of
+	// another kind than it should be.
+	if err := o.layer(clone, target); errors.Is(err, unix.EILSEQ) || errors.Is(err, unix.ENOTBLK) {
+		return o.unreadable()
+	} else if err != nil {
 		return err
 	}
 	if err := noDiscard(clone); err != nil {
@@ -266,7 +270,7 @@ func (o *operation) checkArea(t luks2.Token) error {
 	_, err = file.ReadAt(block, t.Size)
 	switch {
 	case errors.Is(err, unix.EILSEQ), errors.Is(err, unix.EIO):
-		return errdefs.Errorf(errdefs.ErrState, "dm-clone's metadata on device %s cannot be read: it was changed, or the device is damaged", o.Volume.Device)
+		return o.unreadable()
 	case err != nil:
 		return errdefs.Errorf(errdefs.ErrUnavailable, "reading the metadata area: %w", err)
 	case bytes.Equal(block, make([]byte, cloneBlock)):
@@ -277,6 +281,10 @@ func (o *operation) checkArea(t luks2.Token) error {
 
 func (o *operation) rolledBack() error {
 	return errdefs.Errorf(errdefs.ErrState, "dm-clone's metadata on device %s says that nothing was ever written to the volume, which was used: the disk was rolled back", o.Volume.Device)
+}
+
+func (o *operation) unreadable() error {
+	return errdefs.Errorf(errdefs.ErrState, "dm-clone's metadata on device %s cannot be read: it was changed, or the device is damaged", o.Volume.Device)
 }
 
 // aligned returns memory that direct I/O can use.

@@ -477,6 +477,10 @@ func TestKernelCloneRollback(t *testing.T) {
 	}
 	writeAt(t, f.v.Device, int64(at), []byte{after[at] ^ 4})
 	f.refused(t, errdefs.ErrState, "cannot be read")
+	through(func(path string) { writeAt(t, path, size, append(bytes.Clone(used[:4096]), make([]byte, mib)...)) })
+	if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "cannot be read") {
+		t.Errorf("the first block with others' rest: %v", err)
+	}
 
 	// Put right, it goes on, and is finished; then no metadata counts.
 	through(func(path string) { writeAt(t, path, size, used) })
@@ -555,6 +559,135 @@ func TestKernelCloneArea(t *testing.T) {
 			t.Errorf("%d bytes: %d of %d blocks of metadata are used", length, used, total)
 		}
 		run(t, nil, "dmsetup", "remove", "test-clone", "test-zero")
+	}
+}
+
+// A header backup is made when a volume is hydrated, and restores the header of
+// a finished volume; what hydrates has none.
+func TestKernelCloneRestoreHeader(t *testing.T) {
+	f := newCloned(t, 64*mib)
+	f.Mapper = keeping(t, 0)
+	m := f.made(t, "kept")
+	if m.Header.Backup != "" {
+		t.Error("a hydrating volume has a header backup")
+	}
+	f.close(t)
+	head := readAt(t, f.v.Device, 0, 16*mib)
+	writeAt(t, f.v.Device, 0, make([]byte, 16*mib))
+	if _, _, err := f.Restore(t.Context(), f.v, f.d, true); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "holds no header backup") {
+		t.Errorf("restoring a hydrating volume: %v", err)
+	}
+	writeAt(t, f.v.Device, 0, head)
+	f.open(t)
+	f.hydrate(t)
+	m = f.finish(t)
+	if m.Header.Backup == "" {
+		t.Error("Finish brought no header backup")
+	}
+	f.confirm(m)
+	f.close(t)
+	for name, disaster := range disasters {
+		writeAt(t, f.v.Device, 0, disaster())
+		f.refused(t, errdefs.ErrState, "will not be formatted")
+		if h, restored, err := f.Restore(t.Context(), f.v, f.d, true); err != nil || !restored || h.UUID != m.Header.UUID || h.Sequence != m.Header.Sequence {
+			t.Fatalf("%s: Restore = %+v, %v, %v", name, h, restored, err)
+		}
+		if again := f.open(t); again.Size != m.Size || again.Regions != 0 || string(readAt(t, again.Path, 0, 4)) != "kept" {
+			t.Errorf("%s: restored: %+v", name, again)
+		}
+		f.close(t)
+	}
+}
+
+// fill writes b all over the volume, past the page cache and without a flush:
+// so dm-clone counts every region as hydrated and has not committed that.
+func fill(t *testing.T, m cryptmapper.Mapping, b byte) {
+	t.Helper()
+	memory, err := unix.Mmap(-1, 0, mib, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(memory) }()
+	for i := range memory {
+		memory[i] = b
+	}
+	file, err := os.OpenFile(m.Path, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	for at := int64(0); at < m.Size; at += mib {
+		if _, err := file.WriteAt(memory[:min(mib, m.Size-at)], at); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Killed, and the power gone, right after the table has changed: what was
+// written past dm-clone must not come back as what was there before. dm-clone
+// commits once a second by itself, hence several tries.
+func TestKernelCloneFinishCommits(t *testing.T) {
+	const tableChanged = 3 // the step of Finish
+	for range 3 {
+		f := newCloned(t, 26*mib)
+		m := f.made(t, "x")
+		fill(t, m, 'a')
+		if _, err := newMapper(t, tableChanged).Finish(t.Context(), f.v, f.d); err == nil {
+			t.Fatal("Finish was not killed")
+		}
+		if table := run(t, nil, "dmsetup", "table", f.v.Name); strings.Contains(table, f.number(t, cryptmapper.CloneName(f.v.Name))) {
+			t.Fatalf("killed before the table changed: %s", table)
+		}
+		writeAt(t, m.Path, 3*mib, []byte("past dm-clone"))
+		image := *f
+		image.v = cryptmapper.Volume{Name: cryptmapper.Prefix + "t" + dek.NewUUID(), Device: smaller(t, f.v.Device, 26*mib)}
+		after := image.open(t)
+		if got := string(readAt(t, after.Path, 3*mib, 15)) + string(readAt(t, after.Path, m.Size-1, 1)); got != "past dm-cloneaaa" {
+			t.Errorf("after the crash it holds %q", got)
+		}
+		image.close(t)
+		f.close(t)
+	}
+}
+
+// number is the device number of a mapping.
+func (f *fixture) number(t *testing.T, name string) string {
+	t.Helper()
+	info, err := dm.Status(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Number.String()
+}
+
+// The size of a volume does not count: 300 GiB are ready as quickly, with larger
+// regions, which a small write covers in part and of which the last is cut.
+func TestKernelCloneLarge(t *testing.T) {
+	f := newCloned(t, 300<<30)
+	began := time.Now()
+	m := f.open(t)
+	t.Logf("%d GiB are ready after %v", m.Size>>30, time.Since(began))
+	if regions := uint64((m.Size + 16383) / 16384); m.Regions != regions || m.Hydrated > regions/100 {
+		t.Errorf("%+v", m)
+	}
+	places := []int64{0, 1<<30 + 8192, 270 << 30, m.Size - 3*mib - 4096, m.Size - 8192}
+	for _, at := range places {
+		readAt(t, m.Path, max(0, at-mib), mib)
+		writeAt(t, m.Path, at+100, []byte("small"))
+	}
+	m, err := f.MarkMade(t.Context(), f.v, f.d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.confirm(m)
+	f.close(t)
+	m = f.open(t)
+	for _, at := range places {
+		want := make([]byte, 8192)
+		copy(want[100:], "small")
+		if got := readAt(t, m.Path, at, 8192); !bytes.Equal(got, want) {
+			t.Errorf("at %d: %q", at, bytes.Trim(got, "\x00"))
+		}
 	}
 }
 
