@@ -102,9 +102,15 @@ func (m *Mapper) Shutdown() { m.pool.close() }
 // mapping counts only if it is this header on this device; one that is on
 // another device is replaced if its name starts with Prefix and nobody uses it,
 // else ErrState. While the returned
-// Made is false the first and last MiB of the mapping are zeros. An integrity
-// volume that is not initialised before ctx's deadline is ErrUnavailable with
-// a percentage, and the next call goes on from there.
+// Made is false the first and last MiB of the mapping are zeros.
+//
+// A volume with the layout dek.LayoutClone is ready at once where the kernel has
+// dm-clone, with hydration off, see Hydrate: what was never written reads as
+// zeros. Once it is made a node without dm-clone is ErrState until it is
+// finished, and so is a disk whose metadata says that nothing was ever written.
+// Any other integrity volume, and without dm-clone a new one of that layout too,
+// is wiped first: one that is not done before ctx's deadline is ErrUnavailable
+// with a percentage, and the next call goes on from there.
 //
 // Where d is Rotating a header that verifies under d.Previous counts as well,
 // whatever volume it names, and unless v is ReadOnly is replaced by one under
