@@ -39,14 +39,14 @@ func inspect(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "VOLUME\tMAPPING\tSTATE\tDEVICE\tCIPHER\tINTEGRITY\tSIZE\tMODE\tHEADER")
+	fmt.Fprintln(w, "VOLUME\tMAPPING\tSTATE\tDEVICE\tCIPHER\tINTEGRITY\tHYDRATED\tSIZE\tMODE\tHEADER")
 	for _, i := range list {
 		state := "-"
 		if *headers && i.Backing != "" {
 			state = headerState(ctx, m, i)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(i.VolumeID, "-"), i.Name, i.State,
-			cmp.Or(i.Backing, "-"), cmp.Or(i.Cipher, "-"), cmp.Or(string(i.Integrity), "-"), size(i.Size), mode(i), state)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(i.VolumeID, "-"), i.Name, i.State,
+			cmp.Or(i.Backing, "-"), cmp.Or(i.Cipher, "-"), cmp.Or(string(i.Integrity), "-"), cmp.Or(i.Progress(), "-"), size(i.Size), mode(i), state)
 	}
 	return w.Flush()
 }

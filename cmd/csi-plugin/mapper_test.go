@@ -10,6 +10,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
 	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/driver/drivertest"
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
@@ -89,4 +90,16 @@ func open(t *testing.T, path string, mode int) *os.File {
 	}
 	_ = unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0)
 	return f
+}
+
+// TestCloneArea: the controller, which knows no mapper, leaves as much room for
+// dm-clone's metadata as the mapper takes.
+func TestCloneArea(t *testing.T) {
+	for length := int64(4 << 20); length < 1<<50; length = length*5/4 + 4096 {
+		for _, at := range []int64{length, length &^ 4095, 256 << 30, 256<<30 + 4096, 1 << 40, 1<<40 + 4096} {
+			if _, want := cryptmapper.CloneArea(at); driver.CloneArea(at) != want {
+				t.Fatalf("of %d bytes driver reserves %d, cryptmapper %d", at, driver.CloneArea(at), want)
+			}
+		}
+	}
 }

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/internal/metrics"
 	"github.com/cryptcsi/cryptcsi/keyclient"
 )
@@ -14,6 +17,9 @@ type measured struct {
 	operations *prometheus.CounterVec
 	keyService *prometheus.HistogramVec
 	retries    *prometheus.CounterVec
+	steps      *prometheus.HistogramVec
+	finishes   *prometheus.CounterVec
+	hydrations prometheus.Histogram
 }
 
 func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stuck func() []string) *measured {
@@ -32,7 +38,14 @@ func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stu
 	if list == nil { // a controller has no mappings
 		return m
 	}
-	m.Add(m.operations)
+	m.steps = prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cryptcsi_stage_step_seconds",
+		Help: "Steps of NodeStageVolume that succeeded: announce, borrow, key, open, fill (mkfs), confirm, mount, note.", Buckets: buckets}, []string{"step"})
+	m.finishes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cryptcsi_hydration_finishes_total",
+		Help: "Attempts to finish a volume that is hydrated, by class of error."}, []string{"result"})
+	m.hydrations = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "cryptcsi_hydration_seconds",
+		Help:    "From when a volume that hydrates was first seen by this process until it was finished.",
+		Buckets: []float64{10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600, 7 * 24 * 3600}})
+	m.Add(m.operations, m.steps, m.finishes, m.hydrations)
 	m.Gauge("cryptcsi_open_mappings", "Crypt devices open on this node.", func() float64 {
 		l, err := list()
 		if err != nil {
@@ -47,6 +60,34 @@ func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stu
 
 func (m *measured) operation(op cryptmapper.Op, _ string, err error) {
 	m.operations.WithLabelValues(string(op), metrics.Result(err)).Inc()
+}
+
+func (m *measured) stageStep(step string, took time.Duration) {
+	m.steps.WithLabelValues(step).Observe(took.Seconds())
+}
+
+func (m *measured) finished(took time.Duration, err error) {
+	m.finishes.WithLabelValues(metrics.Result(err)).Inc()
+	if err == nil {
+		m.hydrations.Observe(took.Seconds())
+	}
+}
+
+// watchHydration adds what the hydrator is doing.
+func (m *measured) watchHydration(status func() driver.HydrationStatus) {
+	for state, count := range map[string]func(driver.HydrationStatus) int{
+		"running":   func(s driver.HydrationStatus) int { return s.Running },
+		"paused":    func(s driver.HydrationStatus) int { return s.Paused },
+		"finishing": func(s driver.HydrationStatus) int { return s.Finishing },
+	} {
+		m.Add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cryptcsi_hydrating_volumes",
+			Help: "Volumes that are not yet written in full: written in the background, paused for their pods or for other volumes, or to be finished.", ConstLabels: prometheus.Labels{"state": state}},
+			func() float64 { return float64(count(status())) }))
+	}
+	m.Gauge("cryptcsi_hydration_remaining_bytes", "Bytes of all volumes on this node that are not written yet.",
+		func() float64 { return float64(status().Remaining) })
+	m.Add(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "cryptcsi_hydration_written_bytes_total",
+		Help: "Bytes by which volumes came nearer to being written in full."}, func() float64 { return float64(status().Written) }))
 }
 
 func (m *measured) keyCall(c keyclient.Call) {

@@ -32,6 +32,8 @@ type nodeFlags struct {
 	warmWorkers          int
 	headerBackup         bool
 	registrationPath     string
+	integrityInit        string
+	hydrating            int
 }
 
 func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
@@ -44,6 +46,8 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs.StringVar(&f.kubeletDir, "kubelet-dir", "/var/lib/kubelet", "kubelet's directory, the same path here and for the wrapped driver")
 	fs.StringVar(&f.stageWith, "stage-with", driver.StageWithProxy, `who makes and mounts the filesystem: "proxy", or "wrapped" to hand the mapped device over to the wrapped driver`)
 	fs.StringVar(&f.integrity, "integrity", string(driver.IntegrityDefault), `authenticated sectors: "off" refuses volumes that ask for them, "default" does as the volume asks, "required" refuses volumes without`)
+	fs.StringVar(&f.integrityInit, "integrity-init", driver.InitClone, `with --create-keys, how new volumes with integrity are initialised: "clone" while they are in use, "wipe" in full before`)
+	fs.IntVar(&f.hydrating, "hydrating-volumes", 2, "how many volumes are initialised in the background at once; the others wait, and can be used meanwhile")
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
 	fs.BoolVar(&f.headerBackup, "header-backup", false, "keep in each volume's record, under its DEK, what restore-header makes a destroyed header from; volumes without one get it when they are next staged")
 	fs.StringVar(&f.registrationPath, "kubelet-registration-path", "", "path of --endpoint's socket on the node: the plugin registers itself with kubelet, in --kubelet-dir/plugins_registry; empty leaves that to node-driver-registrar")
@@ -51,6 +55,12 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs.IntVar(&f.warmWorkers, "warm-workers", 2, "crypt-workers kept started ahead")
 	if err := f.parse(fs, args); err != nil {
 		return nil, err
+	}
+	if _, known := driver.LayoutOf(f.integrityInit); !known {
+		return nil, usageError(fmt.Sprintf("node: --integrity-init %q: must be %q or %q", f.integrityInit, driver.InitClone, driver.InitWipe))
+	}
+	if f.hydrating < 1 || f.hydrating > 64 {
+		return nil, usageError(fmt.Sprintf("node: --hydrating-volumes %d: must be 1 to 64", f.hydrating))
 	}
 	if f.warmWorkers < 0 || f.warmWorkers > 64 {
 		return nil, usageError(fmt.Sprintf("node: --warm-workers %d: must be 0 to 64", f.warmWorkers))
@@ -97,7 +107,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	d, err := newDriver(ctx, f, log, conn, keyring, mapper{cm}, library)
+	d, err := newDriver(ctx, f, log, conn, keyring, mapper{cm}, m, library)
 	if err != nil {
 		return err
 	}
@@ -105,7 +115,21 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		r := newRegistration(d.Name(), f.registrationPath, log)
 		f.beside = append(f.beside, func(ctx context.Context) error { return r.serve(ctx, f.kubeletDir) })
 	}
+	m.watchHydration(d.HydrationStatus)
+	hydrating, stop := context.WithCancel(ctx)
+	defer background(func() { d.Hydrate(hydrating) })()
+	defer stop()
 	return f.serve(ctx, log, d, conn, m, d.ServerOptions()...)
+}
+
+// background runs do until it returns; the function waits for that.
+func background(do func()) (wait func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		do()
+	}()
+	return func() { <-done }
 }
 
 // checkSystem finds out at start what would otherwise fail at the first volume;
@@ -126,6 +150,9 @@ func checkSystem(integrity bool, log *slog.Logger) error {
 		}
 		log.Warn("volumes with integrity cannot be opened on this node", "error", err)
 	}
+	if err := cryptmapper.KernelHasClone(); err != nil {
+		log.Warn("new volumes with integrity are written in full before they can be used, and those that another node is still initialising cannot be opened", "error", err)
+	}
 	return checkKeyring()
 }
 
@@ -143,7 +170,7 @@ func checkKeyring() error {
 	return nil
 }
 
-func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m mapper, library string) (*driver.Driver, error) {
+func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m mapper, seen *measured, library string) (*driver.Driver, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	var creator driver.Creator
@@ -154,14 +181,17 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 	if f.keys.service.protocol == string(keyclient.ProtocolConstellation) {
 		theirs = m
 	}
+	layout, _ := driver.LayoutOf(f.integrityInit)
 	d, err := driver.New(ctx, driver.Config{
 		DriverName: f.driverName, NodeName: f.nodeName, KubeletDir: f.kubeletDir,
 		Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Creator: creator, Mapper: m, Constellation: theirs,
+		Hydration: m, Hydrating: f.hydrating, Layout: layout,
 		StageWith: f.stageWith, Integrity: driver.IntegrityPolicy(f.integrity), Spec: dek.Spec{Cipher: dek.CipherXTS},
 		TolerateUngrown: f.tolerateUngrown,
-		Version:         version,
-		Manifest:        map[string]string{"commit": commit, "libcryptsetup": library, "kms": strings.Join(schemes(), ",")},
-		Logger:          log,
+		ObserveStep:     seen.stageStep, ObserveFinish: seen.finished,
+		Version:  version,
+		Manifest: map[string]string{"commit": commit, "libcryptsetup": library, "kms": strings.Join(schemes(), ",")},
+		Logger:   log,
 	})
 	if err != nil {
 		return nil, err

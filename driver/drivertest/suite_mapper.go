@@ -336,9 +336,13 @@ func testRolledBack(m *mapperTest) {
 func testOtherSpec(m *mapperTest) {
 	m.finish()
 	key := m.key
-	key.Spec.Integrity = dek.IntegrityHMAC
-	if m.key.Spec.Integrity == dek.IntegrityHMAC {
+	switch {
+	case m.key.Spec.Layout != "":
+		key.Spec.Layout = ""
+	case m.key.Spec.Integrity != dek.IntegrityNone:
 		key.Spec.Integrity = dek.IntegrityNone
+	default:
+		key.Spec.Integrity = dek.IntegrityHMAC
 	}
 	m.refused("a header with another spec", m.v, key, errdefs.ErrState)
 }

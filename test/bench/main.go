@@ -22,9 +22,10 @@ const mib = 1 << 20
 
 func main() {
 	rounds := flag.Int("rounds", 10, "how often each pair is measured")
+	only := flag.String("only", "", "measure this part alone: stage, many, stalled, hydration")
 	many := flag.Int("volumes", 32, "how many volumes are staged at once")
 	flag.Parse()
-	b := &bench{ctx: context.Background(), rounds: *rounds, many: *many}
+	b := &bench{ctx: context.Background(), rounds: *rounds, many: *many, only: *only}
 	if err := b.run(os.Stdout); err != nil {
 		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
 		os.Exit(1)
@@ -34,6 +35,7 @@ func main() {
 type bench struct {
 	ctx          context.Context
 	rounds, many int
+	only         string
 	stack        *stack.Stack
 	table        [][]string
 }
@@ -58,8 +60,14 @@ func (b *bench) run(w io.Writer) (err error) {
 		}
 		err = errors.Join(err, b.stack.Stop())
 	}()
-	for _, part := range []func() error{b.stageAgainstHand, b.manyAtOnce, b.stalledDevice} {
-		if err := part(); err != nil {
+	for _, part := range []struct {
+		name string
+		run  func() error
+	}{{"stage", b.stageAgainstHand}, {"many", b.manyAtOnce}, {"stalled", b.stalledDevice}, {"hydration", b.whileHydrating}} {
+		if b.only != "" && b.only != part.name {
+			continue
+		}
+		if err := part.run(); err != nil {
 			return err
 		}
 	}
