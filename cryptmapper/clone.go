@@ -104,10 +104,11 @@ func ReadLines(name string) ([]Line, error) {
 	return lines, nil
 }
 
-// ReadClone reads the dm-clone layer below a mapping, nil where there is none.
+// ReadClone reads the dm-clone layer below a mapping, nil where there is none, or
+// one that is being made.
 func ReadClone(name string) (*CloneTable, error) {
 	info, err := dm.Status(CloneName(name))
-	if errors.Is(err, dm.ErrNotFound) {
+	if errors.Is(err, dm.ErrNotFound) || err == nil && !info.Live {
 		return nil, nil
 	}
 	if err != nil {

@@ -65,6 +65,20 @@ type IntegrityTable struct {
 // ReadStack reads what the kernel knows of a mapping. dm.ErrNotFound where
 // there is none; ErrState where it is not a mapping of ours.
 func ReadStack(name string) (Stack, error) {
+	// A layer may go while the mapping stays: then there is another stack.
+	for range 8 {
+		s, err := readStack(name)
+		if !errors.Is(err, dm.ErrNotFound) {
+			return s, err
+		}
+		if _, err := dm.Status(name); err != nil {
+			return s, err
+		}
+	}
+	return Stack{}, errdefs.Errorf(errdefs.ErrState, "mapping %s has layers that come and go", name)
+}
+
+func readStack(name string) (Stack, error) {
 	var s Stack
 	var err error
 	if s.Top, err = dm.Status(name); err != nil {
@@ -82,7 +96,7 @@ func ReadStack(name string) (Stack, error) {
 	}
 	below, err := ReadLower(lower)
 	if s.Lines != nil && errors.Is(err, dm.ErrNotFound) {
-		return s, errdefs.Errorf(errdefs.ErrState, "mapping %s is linear and not over %s: it was not made by cryptcsi", name, lower)
+		return s, errdefs.Errorf(errdefs.ErrState, "mapping %s is linear and there is no %s below it: it was not made by cryptcsi", name, lower)
 	}
 	s.Lower, s.Crypt, s.Integrity = below.Lower, below.Crypt, below.Integrity
 	return s, err

@@ -650,6 +650,36 @@ func TestKernelCloneFinishCommits(t *testing.T) {
 	}
 }
 
+// Whoever lists mappings while one is finished sees it all the time.
+func TestKernelCloneListed(t *testing.T) {
+	for range 3 {
+		f := newCloned(t, 26*mib)
+		m := f.made(t, "x")
+		fill(t, m, 'a')
+		stop, done := make(chan struct{}), make(chan int)
+		go func() {
+			n := 0
+			for {
+				select {
+				case <-stop:
+					done <- n
+					return
+				default:
+				}
+				list, err := f.List()
+				if err != nil || len(list) != 1 || list[0].Size != m.Size || list[0].Backing != m.Backing {
+					t.Errorf("List = %+v, %v", list, err)
+				}
+				n++
+			}
+		}()
+		f.finish(t)
+		close(stop)
+		t.Logf("listed %d times", <-done)
+		f.close(t)
+	}
+}
+
 // number is the device number of a mapping.
 func (f *fixture) number(t *testing.T, name string) string {
 	t.Helper()
