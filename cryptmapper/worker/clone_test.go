@@ -165,9 +165,14 @@ func TestKernelClone(t *testing.T) {
 	zeros(t, f.open(t).Path)
 }
 
-// without returns a Mapper that does as on a kernel without dm-clone.
-func without(t *testing.T) *cryptmapper.Mapper {
-	m := cryptmapper.New(cryptmapper.Options{Worker: []string{"../../bin/crypt-worker"}, LockDir: "/run/cryptcsi-test", WithoutClone: true})
+// without returns a Mapper that does as on a kernel without dm-clone, and dies at
+// a step.
+func without(t *testing.T, dieAt int) *cryptmapper.Mapper {
+	command := []string{"../../bin/crypt-worker"}
+	if dieAt > 0 {
+		command = []string{os.Args[0], "crypt-worker", strconv.Itoa(dieAt)}
+	}
+	m := cryptmapper.New(cryptmapper.Options{Worker: command, LockDir: "/run/cryptcsi-test", WithoutClone: true})
 	t.Cleanup(m.Shutdown)
 	return m
 }
@@ -177,7 +182,7 @@ func TestKernelCloneWithout(t *testing.T) {
 	t.Run("new", func(t *testing.T) {
 		f := newCloned(t, 64*mib)
 		own := f.Mapper
-		f.Mapper = without(t)
+		f.Mapper = without(t, 0)
 		m := f.made(t, "wiped")
 		if m.Regions != 0 || m.Made != true {
 			t.Errorf("%+v", m)
@@ -201,7 +206,7 @@ func TestKernelCloneWithout(t *testing.T) {
 		m := f.open(t)
 		writeAt(t, m.Path, 8*mib, []byte("of a mkfs that was killed"))
 		f.close(t)
-		f.Mapper = without(t)
+		f.Mapper = without(t, 0)
 		m = f.open(t)
 		if m.Regions != 0 || m.Made {
 			t.Errorf("%+v", m)
@@ -212,7 +217,7 @@ func TestKernelCloneWithout(t *testing.T) {
 		f := newCloned(t, 400*mib)
 		ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
 		defer cancel()
-		if _, err := without(t).Open(ctx, f.v, f.d); !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "% done") {
+		if _, err := without(t, 0).Open(ctx, f.v, f.d); !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "% done") {
 			t.Fatalf("wiping: %v", err)
 		}
 		m := f.open(t)
@@ -225,7 +230,7 @@ func TestKernelCloneWithout(t *testing.T) {
 		f := newCloned(t, 64*mib)
 		f.made(t, "x")
 		own := f.Mapper
-		f.Mapper = without(t)
+		f.Mapper = without(t, 0)
 		f.open(t) // it is open: nothing needs dm-clone
 		f.close(t)
 		f.refused(t, errdefs.ErrState, "use it on a node with dm-clone until it is done")
@@ -234,7 +239,7 @@ func TestKernelCloneWithout(t *testing.T) {
 		f.hydrate(t)
 		f.confirm(f.finish(t))
 		f.close(t)
-		f.Mapper = without(t)
+		f.Mapper = without(t, 0)
 		if m := f.open(t); string(readAt(t, m.Path, 0, 1)) != "x" {
 			t.Errorf("finished: %+v", m)
 		}
@@ -779,5 +784,46 @@ func TestKernelCloneKilledAtSteps(t *testing.T) {
 			t.Logf("up to step %d", step-stride)
 			return
 		}
+	}
+}
+
+// Killed while a node without dm-clone wipes it, a new volume goes on on either
+// kind of node.
+func TestKernelCloneWithoutKilledAtSteps(t *testing.T) {
+	stride := 6
+	if os.Getenv("CRASH_EVERY") == "1" {
+		stride = 1
+	}
+	for step := 1; ; step += stride {
+		for _, next := range []*cryptmapper.Mapper{newMapper(t, 0), without(t, 0)} {
+			f := newCloned(t, 26*mib)
+			_, err := without(t, step).Open(t.Context(), f.v, f.d)
+			if err == nil {
+				t.Logf("up to step %d", step-stride)
+				return
+			}
+			f.Mapper = next
+			zeros(t, f.open(t).Path)
+			m := f.made(t, "survives")
+			f.close(t)
+			if again := f.open(t); again.Header != m.Header || string(readAt(t, m.Path, 0, 8)) != "survives" {
+				t.Fatalf("step %d: %+v", step, again)
+			}
+			f.close(t)
+		}
+	}
+}
+
+// The volumes that are re-keyed are ones that Constellation made: it wipes them,
+// and there is no area in them.
+func TestKernelCloneRekey(t *testing.T) {
+	f := newCloned(t, 40*mib)
+	before := contents(t, f.v.Device, 0)
+	_, err := f.Rekey(t.Context(), f.v, f.d, dek.ID(dek.NewUUID()), f.d.Key)
+	if !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), `layout "clone"`) {
+		t.Errorf("Rekey = %v", err)
+	}
+	if contents(t, f.v.Device, 0) != before {
+		t.Error("the device was written to")
 	}
 }
