@@ -174,23 +174,13 @@ func (o *operation) makeClone(t luks2.Token, fresh bool) error {
 	if err := o.removeClone(); err != nil {
 		return err
 	}
-	lower, err := dm.Status(o.lower())
-	if err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
-	}
 	if !fresh {
 		if err := o.checkArea(t); err != nil {
 			return err
 		}
 	}
 	length := t.Size - t.Hydration.Start
-	if err := o.layer(cryptmapper.MetaName(name), linear(0, t.Reserved, lower.Number, t.Size)); err != nil {
-		return err
-	}
-	if err := o.layer(cryptmapper.DataName(name), linear(0, length, lower.Number, t.Hydration.Start)); err != nil {
-		return err
-	}
-	if err := o.layer(cryptmapper.ZeroName(name), dm.Target{Length: uint64(length / 512), Type: "zero"}); err != nil {
+	if err := o.pieces(t, length); err != nil {
 		return err
 	}
 	target, err := cloneTarget(name, length, t.Hydration.Region)
@@ -212,6 +202,23 @@ func (o *operation) makeClone(t luks2.Token, fresh bool) error {
 		return o.seed(min(int64(t.Hydration.Region), length))
 	}
 	return o.checkHydrated()
+}
+
+// pieces makes what dm-clone lies on: its metadata, what it writes to, what it
+// reads from.
+func (o *operation) pieces(t luks2.Token, length int64) error {
+	name := o.Volume.Name
+	lower, err := dm.Status(o.lower())
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	if err := o.layer(cryptmapper.MetaName(name), linear(0, t.Reserved, lower.Number, t.Size)); err != nil {
+		return err
+	}
+	if err := o.layer(cryptmapper.DataName(name), linear(0, length, lower.Number, t.Hydration.Start)); err != nil {
+		return err
+	}
+	return o.layer(cryptmapper.ZeroName(name), dm.Target{Length: uint64(length / 512), Type: "zero"})
 }
 
 // cloneTarget is the table of dm-clone: discards would mark regions that were
