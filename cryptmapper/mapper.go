@@ -129,8 +129,14 @@ func (m *Mapper) MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, er
 	return r.Mapping, err
 }
 
-// Resize grows the open mapping v to what its device now has; nothing happens
-// where it has that size. ErrInvalid for volumes with integrity.
+// Resize grows the open mapping v, while it is in use, to what its device now
+// has; nothing happens where it has that size. A volume with integrity first
+// needs tags on its new space: with the layout clone and a kernel that has
+// dm-clone it then hydrates, else the space is wiped before it is seen, and
+// ErrUnavailable with a percentage says that ctx's deadline came first; the next
+// call goes on from there. ErrUnavailable with a percentage too while the volume
+// hydrates, and ErrState where it is read-only. One that is not made yet keeps
+// its size. ErrInvalid for what Constellation made with integrity.
 func (m *Mapper) Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error) {
 	r, err := m.run(ctx, request(OpResize, v, d), keysOf(d))
 	return r.Mapping, err

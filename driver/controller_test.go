@@ -271,8 +271,12 @@ func TestSizes(t *testing.T) {
 	if e.GetCapacityBytes() != 3<<30 || !e.GetNodeExpansionRequired() {
 		t.Errorf("expand = %v", e)
 	}
-	_, err = p.expand("vol-pvc-2", 200*mib)
-	p.refused("expanding one with integrity", err, codes.InvalidArgument, "cannot grow", "hmac-sha256")
+	p.mustCreate(request("pvc-3", with("cryptcsi.io/integrity", "hmac-sha256")))
+	e, err = p.expand("vol-pvc-3", 200*mib)
+	p.ok("expanding one with integrity", err)
+	if e.GetCapacityBytes() != 200*mib || !e.GetNodeExpansionRequired() {
+		t.Errorf("expand = %v", e)
+	}
 	p.wrapped.Create("plain", 64*mib)
 	e, err = p.expand("plain", 96*mib)
 	p.ok("expanding an unencrypted one", err)

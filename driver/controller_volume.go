@@ -238,9 +238,6 @@ func (c controller) ControllerExpandVolume(ctx context.Context, req *csi.Control
 	}
 	inner := proto.CloneOf(req)
 	if found {
-		if d.Spec.Integrity != dek.IntegrityNone {
-			return nil, errdefs.Errorf(errdefs.ErrInvalid, "volume %s has integrity %s and cannot grow: copy the data to a larger volume", req.GetVolumeId(), d.Spec.Integrity)
-		}
 		if inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), d.Spec); err != nil {
 			return nil, err
 		}
@@ -256,14 +253,14 @@ func (c controller) ControllerExpandVolume(ctx context.Context, req *csi.Control
 	if err != nil || !found {
 		return resp, err
 	}
-	return expanded(resp, req.GetCapacityRange().GetRequiredBytes()), nil
+	return expanded(resp, req.GetCapacityRange().GetRequiredBytes(), d.Spec), nil
 }
 
 // expanded is the answer: exactly the size asked for where the device has it.
 // The node always has to follow, because the mapping does not grow by itself.
-func expanded(resp *csi.ControllerExpandVolumeResponse, required int64) *csi.ControllerExpandVolumeResponse {
+func expanded(resp *csi.ControllerExpandVolumeResponse, required int64, spec dek.Spec) *csi.ControllerExpandVolumeResponse {
 	out := proto.CloneOf(resp)
-	out.CapacityBytes = usableSize(resp.GetCapacityBytes(), dek.Spec{})
+	out.CapacityBytes = usableSize(resp.GetCapacityBytes(), spec)
 	if required > 0 {
 		out.CapacityBytes = min(out.CapacityBytes, required)
 	}

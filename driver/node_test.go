@@ -1,6 +1,8 @@
 package driver_test
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -213,7 +215,60 @@ func TestExpandIntegrity(t *testing.T) {
 	m.ok("stage", m.stage(mountCap("")))
 	m.wrapped.Grow(volumeID, 96*mib)
 	_, err := m.expand(m.staging(), 96*mib)
-	m.refused("expand", err, codes.InvalidArgument, "does not grow")
+	m.ok("expand", err)
+	if got := m.mapping().Size; got != 80*mib {
+		t.Errorf("the mapping has %d bytes", got)
+	}
+}
+
+// A volume with integrity whose new space takes long is staged at the size that
+// it has; any other error of the growth is staging's.
+func TestStageWhileItGrows(t *testing.T) {
+	for name, tt := range map[string]struct {
+		err  error
+		code codes.Code
+	}{
+		"in time":      {nil, codes.OK},
+		"not in time":  {errdefs.Errorf(errdefs.ErrUnavailable, "growing, 3 %% done"), codes.OK},
+		"shrunk again": {errdefs.Errorf(errdefs.ErrState, "it was shrunk again"), codes.FailedPrecondition},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			m.createDEK(dek.Spec{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC})
+			m.mapper = func(inner driver.Mapper) driver.Mapper { return &growing{inner, tt.err} }
+			m.start()
+			m.ok("stage", m.stage(mountCap("")))
+			before := m.mapping().Size
+			m.ok("unstage", m.unstage())
+			m.wrapped.Grow(volumeID, 96*mib)
+			m.ok("rescan", m.kernel.Rescan(t.Context(), m.disk.Path))
+			if err := m.stage(mountCap("")); tt.code != codes.OK {
+				m.refused("stage", err, tt.code, tt.err.Error())
+				return
+			} else {
+				m.ok("stage", err)
+			}
+			if got := m.mapping().Size; got != before && tt.err != nil || got == before && tt.err == nil {
+				t.Errorf("the mapping has %d bytes after %d", got, before)
+			}
+		})
+	}
+}
+
+// growing answers Resize with an error, and within a bound.
+type growing struct {
+	driver.Mapper
+	err error
+}
+
+func (g *growing) Resize(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
+	if _, bounded := ctx.Deadline(); !bounded {
+		return driver.Mapping{}, errors.New("growing without a bound")
+	}
+	if g.err != nil {
+		return driver.Mapping{}, g.err
+	}
+	return g.Mapper.Resize(ctx, v, d)
 }
 
 func TestExpandProfiles(t *testing.T) {

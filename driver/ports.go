@@ -118,7 +118,9 @@ type Mapper interface {
 	// the volume is finished. From then on it is never formatted again.
 	MarkMade(ctx context.Context, v Volume, d dek.DEK) (Mapping, error)
 	// Resize grows the open mapping to what the device now has. Nothing
-	// happens where it has that size; ErrInvalid where it cannot grow.
+	// happens where it has that size. ErrUnavailable with a percentage while a
+	// volume with integrity hydrates, or its new space is initialised: call
+	// again. ErrInvalid where it cannot grow.
 	Resize(ctx context.Context, v Volume, d dek.DEK) (Mapping, error)
 	// Close removes the mapping: nil where there is none, ErrUnavailable
 	// while something holds it open. It reads no disk and needs no key.

@@ -358,13 +358,33 @@ func (s *staging) open(ctx context.Context) error {
 	case !m.Made && s.want.ReadOnly:
 		return errdefs.Errorf(errdefs.ErrState, "volume %s was never formatted and is asked for read-only: use it writable once", s.v.id)
 	}
-	if !m.ReadOnly && m.Integrity == dek.IntegrityNone && s.dev.Size-headerArea-m.Size >= slack {
-		if m, err = s.cfg.Mapper.Resize(ctx, s.mapped(), s.key); err != nil {
+	if !m.ReadOnly && m.Regions == 0 && usableSize(s.dev.Size, s.key.Spec)-m.Size >= slack {
+		if m, err = s.grow(ctx, m); err != nil {
 			return err
 		}
 	}
 	s.m = m
 	return nil
+}
+
+// growthPatience is how long staging waits for a volume with integrity to grow:
+// its new space may have to be written first.
+const growthPatience = 10 * time.Second
+
+// grow lets the mapping have what its device has. Where that takes long the pod
+// need not wait: the volume is used at its size, and NodeExpandVolume goes on.
+func (s *staging) grow(ctx context.Context, m Mapping) (Mapping, error) {
+	if m.Integrity == dek.IntegrityNone {
+		return s.cfg.Mapper.Resize(ctx, s.mapped(), s.key)
+	}
+	patient, cancel := context.WithTimeout(ctx, growthPatience)
+	defer cancel()
+	grown, err := s.cfg.Mapper.Resize(patient, s.mapped(), s.key)
+	if (errors.Is(err, errdefs.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded)) && ctx.Err() == nil {
+		s.log.WarnContext(ctx, "the device has grown, the volume is used at the size that it had: it grows when it is expanded", "volume_id", s.v.id, "device", s.dev.Number, "size", m.Size, "error", err)
+		return m, nil
+	}
+	return grown, err
 }
 
 func (s *staging) mapped() Volume {

@@ -238,9 +238,6 @@ func (m Mapper) MarkMade(ctx context.Context, v driver.Volume, d dek.DEK) (drive
 // Resize is driver.Mapper's.
 func (m Mapper) Resize(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
 	return m.update(ctx, v, d, func(t *table, h *header) error {
-		if h.Spec.Integrity != dek.IntegrityNone {
-			return errdefs.Errorf(errdefs.ErrInvalid, "a volume with integrity does not grow")
-		}
 		if size := t.disk.size - dataOffset; size > h.Size {
 			h.Size = size
 			h.Sequence++

@@ -408,13 +408,14 @@ func testGrowing(m *mapperTest) {
 	resize := func() (driver.Mapping, error) { return m.Mapper.Resize(m.Context(), m.v, m.key) }
 	m.Grow(m.T, m.device, suiteSize*3/2)
 	got, err := resize()
-	if m.key.Spec.Integrity != dek.IntegrityNone && errors.Is(err, errdefs.ErrInvalid) {
-		return // it may say no
-	}
 	if err != nil {
 		m.Fatal(err)
 	}
-	if got.Size != before.Size+suiteSize/2 || got.Number != before.Number || !got.Made || got.Header.Sequence <= before.Header.Sequence {
+	least := int64(suiteSize / 2)
+	if m.key.Spec.Integrity != dek.IntegrityNone { // tags take some of it
+		least = least * 9 / 10
+	}
+	if got.Size < before.Size+least || got.Size > before.Size+suiteSize/2 || got.Number != before.Number || !got.Made || got.Header.Sequence <= before.Header.Sequence {
 		m.Errorf("grew to %+v, was %+v", got, before)
 	}
 	m.hasData(got.Path)
