@@ -2,11 +2,18 @@ package worker_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
@@ -166,4 +173,195 @@ func (f *fixture) plain(t *testing.T, size int64, marks map[int64]string) {
 	}
 	readAt(t, path, 0, int(size))
 	run(t, nil, "cryptsetup", "close", f.v.Name)
+}
+
+// A filesystem in use grows with its volume.
+func TestKernelGrowFilesystems(t *testing.T) {
+	for name, tools := range map[string]struct{ mkfs, grow, fsck []string }{
+		"ext4": {[]string{"mkfs.ext4", "-q"}, []string{"resize2fs", "DEVICE"}, []string{"e2fsck", "-fn"}},
+		"xfs":  {[]string{"mkfs.xfs", "-q", "-f", "-K"}, []string{"xfs_growfs", "DIR"}, []string{"xfs_repair", "-n"}},
+	} {
+		for _, sort := range sorts[:2] {
+			t.Run(name+", "+sort.name, func(t *testing.T) {
+				kernel.Need(t, name, "exec:"+tools.mkfs[0], "exec:"+tools.grow[0], "exec:"+tools.fsck[0])
+				f, m := newSealed(t, 400*mib, sort.layout, sort.without)
+				errorsBefore := authErrors(t)
+				run(t, nil, tools.mkfs[0], append(tools.mkfs[1:], m.Path)...)
+				dir := t.TempDir()
+				run(t, nil, "mount", "-t", name, m.Path, dir)
+				before := room(t, dir)
+				files := map[string][]byte{}
+				stop, done := make(chan struct{}), make(chan struct{})
+				go func() { // keeps writing while everything below changes
+					defer close(done)
+					for i := 0; ; i++ {
+						select {
+						case <-stop:
+							return
+						default:
+							file := fmt.Sprint("during-", i%16)
+							files[file] = noise(256 << 10)
+							writeFile(t, filepath.Join(dir, file), files[file])
+						}
+					}
+				}()
+				kernel.Grow(t, f.v.Device, 440*mib)
+				m = f.resize(t)
+				to := strings.NewReplacer("DEVICE", m.Path, "DIR", dir).Replace(tools.grow[1])
+				run(t, nil, tools.grow[0], to)
+				close(stop)
+				<-done
+				if after := room(t, dir); after < before+30*mib {
+					t.Errorf("the filesystem has %d bytes after %d", after, before)
+				}
+				for i := range 2 { // before and after it is hydrated
+					for file, want := range files {
+						if got, err := os.ReadFile(filepath.Join(dir, file)); err != nil || !bytes.Equal(got, want) {
+							t.Errorf("%s is %d other bytes, %v", file, len(got), err)
+						}
+					}
+					run(t, nil, "umount", dir)
+					run(t, nil, tools.fsck[0], append(tools.fsck[1:], m.Path)...)
+					if i == 0 {
+						m = f.settled(t)
+						f.close(t)
+						f.open(t)
+						run(t, nil, "mount", "-t", name, m.Path, dir)
+					}
+				}
+				if n := authErrors(t) - errorsBefore; n != 0 {
+					t.Errorf("%d sectors were not authentic", n)
+				}
+			})
+		}
+	}
+}
+
+func room(t *testing.T, dir string) int64 {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	return int64(st.Blocks) * st.Bsize
+}
+
+// halfGrown is a volume of a sort, on a disk of 48 MiB after 32, whose growth was
+// cut when the token told of it and the integrity layer was longer, and that is
+// closed. steps is how many of Resize's were done.
+func halfGrown(t *testing.T, i, steps int) (*fixture, cryptmapper.Mapping) {
+	t.Helper()
+	f, m := newSealed(t, 32*mib, sorts[i].layout, sorts[i].without)
+	kernel.Grow(t, f.v.Device, 48*mib)
+	if err := (&killing{fixture: f}).at(t, i, steps)(&killing{fixture: f}); err == nil {
+		t.Fatal("Resize was not killed")
+	}
+	return f, m
+}
+
+// What a host does to the disk in the middle of a growth: to what says how long
+// the integrity layer is, to the disk's length, to the header.
+func TestKernelGrowAttacked(t *testing.T) {
+	const grown = 5 // the step of Resize after which the integrity layer is longer
+	for i, sort := range sorts[:2] {
+		sectors := func(t *testing.T, f *fixture, change func(old uint64) uint64) {
+			b := readAt(t, f.v.Device, 16*mib+16, 8)
+			writeAt(t, f.v.Device, 16*mib+16, binary.LittleEndian.AppendUint64(nil, change(binary.LittleEndian.Uint64(b))))
+		}
+		for name, number := range map[string]func(uint64) uint64{
+			"lowered": func(uint64) uint64 { return 2048 },
+			"raised":  func(old uint64) uint64 { return old + 8 },
+		} {
+			t.Run(sort.name+", sectors "+name, func(t *testing.T) {
+				f, m := halfGrown(t, i, grown)
+				sectors(t, f, number)
+				now := f.resize(t) // the kernel does not read it again
+				if now.Size < m.Size+14*mib-8192 {
+					t.Errorf("%d bytes after %d", now.Size, m.Size)
+				}
+				f.holds(t, map[int64]string{0: "grows"})
+				f.close(t)
+
+				f, m = halfGrown(t, i, grown)
+				f.close(t)
+				was := readAt(t, f.v.Device, 16*mib, 4096)
+				sectors(t, f, number)
+				f.refused(t, errdefs.ErrState, "superblock of device")
+				writeAt(t, f.v.Device, 16*mib, was)
+				if now := f.open(t); now.Size != m.Size {
+					t.Errorf("reopened with %d bytes, had %d", now.Size, m.Size)
+				}
+				f.resize(t)
+				f.holds(t, map[int64]string{0: "grows"})
+			})
+		}
+		t.Run(sort.name+", disk cut", func(t *testing.T) {
+			f, m := halfGrown(t, i, grown)
+			kernel.Grow(t, f.v.Device, 32*mib)
+			if _, err := f.Resize(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "it was shrunk again") {
+				t.Errorf("growing on a disk that was shrunk: %v", err)
+			}
+			f.holds(t, map[int64]string{0: "grows", m.Size - 1: "\x00"})
+			f.close(t)
+			f.refused(t, errdefs.ErrState, "superblock of device")
+			kernel.Grow(t, f.v.Device, 48*mib)
+			f.open(t)
+			f.resize(t)
+			f.settled(t)
+			f.close(t)
+			kernel.Grow(t, f.v.Device, 32*mib)
+			f.refused(t, errdefs.ErrState, "it was shrunk or another one was put in its place")
+		})
+		t.Run(sort.name+", header rolled back", func(t *testing.T) {
+			f, m := newSealed(t, 32*mib, sort.layout, sort.without)
+			before := readAt(t, f.v.Device, 0, 16*mib)
+			kernel.Grow(t, f.v.Device, 48*mib)
+			_ = (&killing{fixture: f}).at(t, i, grown)(&killing{fixture: f})
+			f.close(t)
+			during := readAt(t, f.v.Device, 0, 16*mib)
+			writeAt(t, f.v.Device, 0, before)
+			if now := f.open(t); now.Size != m.Size {
+				t.Errorf("%d bytes after %d", now.Size, m.Size)
+			}
+			f.resize(t)
+			f.settled(t)
+			f.close(t)
+			for name, old := range map[string][]byte{"before": before, "during": during} {
+				writeAt(t, f.v.Device, 0, old)
+				f.refused(t, errdefs.ErrState, "rolled back")
+				t.Log(name)
+			}
+		})
+	}
+}
+
+// Mappings that something left suspended in the middle of a growth go on with
+// the next call, whichever it is.
+func TestKernelGrowSuspended(t *testing.T) {
+	for i, sort := range sorts[:2] {
+		for name, call := range map[string]func(f *fixture) error{
+			"Open":   func(f *fixture) error { _, err := f.Open(t.Context(), f.v, f.d); return err },
+			"Resize": func(f *fixture) error { _, err := f.Resize(t.Context(), f.v, f.d); return err },
+			"Close":  func(f *fixture) error { return f.Close(t.Context(), f.v.Name) },
+		} {
+			t.Run(sort.name+", "+name, func(t *testing.T) {
+				f, _ := halfGrown(t, i, 4) // the longer table is loaded
+				below := strings.Fields(f.layers(t))
+				for _, suffix := range below {
+					if err := dm.Suspend(f.v.Name + suffix); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := dm.Suspend(f.v.Name); err != nil {
+					t.Fatal(err)
+				}
+				if err := call(f); err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				f.open(t)
+				f.resize(t)
+				f.holds(t, map[int64]string{0: "grows"})
+			})
+		}
+	}
 }

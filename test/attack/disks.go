@@ -35,7 +35,7 @@ func (s *suite) disks() {
 		{"device shrunk, integrity", s.sealed, resize(20 * mib), "refused", forged("it was shrunk")},
 		{"device cut within the header area", s.bare, resize(8 * mib), "refused", forged("it was shrunk")},
 		{"device grown", s.bare, resize(40 * mib), "opens, other size", outcome{word: "opens larger", open: grown}},
-		{"device grown, integrity", s.sealed, resize(40 * mib), "opens", forged("cannot grow yet")},
+		{"device grown, integrity", s.sealed, resize(40 * mib), "opens", same("as long as it was, until it is asked to grow")},
 		{"device read-only", s.bare, func(t *target) error { t.readOnly = true; return nil }, "opens", forged("cannot be written")},
 		{"device read-only, integrity", s.sealed, func(t *target) error { t.readOnly = true; return nil }, "opens", forged("cannot be written")},
 		{"device read-only, volume read-only", s.bare, func(t *target) error { t.readOnly, t.cryptcsi.ReadOnly = true, true; return nil }, noPlain, same("opened read-only")},
