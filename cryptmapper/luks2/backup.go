@@ -21,8 +21,9 @@ import (
 // else in a header is the same for all, or new salts.
 type Backup struct {
 	SectorSize int
-	Size       int64     // as the token says
-	Integrity  *Geometry // nil without integrity
+	Size       int64      // as the token says
+	Integrity  *Geometry  // nil without integrity
+	Hydration  *Hydration // nil where nothing hydrates
 	VolumeKey  secret.Bytes
 }
 
@@ -34,12 +35,18 @@ type Backup struct {
 //	interleave sectors (4), all 0 without integrity,
 //	volume key (64, with integrity 96)
 //
+// and version 2, of a volume that hydrates, where version 1 has the volume key:
+//
+//	where hydration starts (8), its region (4), volume key (96)
+//
 // with all numbers big endian. The key is HKDF-SHA-256(DEK, no salt,
 // "cryptcsi luks2 backup v1"), the associated data the LUKS UUID and the DEK ID.
 const (
-	backupVersion = 1
-	backupFixed   = 37 // bytes before the volume key
-	backupLabel   = "cryptcsi luks2 backup v1"
+	backupVersion   = 1
+	backupHydrating = 2
+	backupFixed     = 37 // bytes before the volume key
+	backupHydration = 12 // more in version 2
+	backupLabel     = "cryptcsi luks2 backup v1"
 )
 
 // SealBackup returns b as text for the record of h's DEK.
@@ -51,7 +58,11 @@ func (h *Header) SealBackup(vk, key secret.Bytes) (string, error) {
 	if h.Token.Integrity != nil {
 		g = *h.Token.Integrity
 	}
-	plain := secret.New(backupFixed + vk.Len())
+	fixed := backupFixed
+	if h.Token.Hydration != nil {
+		fixed += backupHydration
+	}
+	plain := secret.New(fixed + vk.Len())
 	defer plain.Wipe()
 	b, big := plain.Expose(), binary.BigEndian
 	b[0] = backupVersion
@@ -61,7 +72,12 @@ func (h *Header) SealBackup(vk, key secret.Bytes) (string, error) {
 	big.PutUint32(b[21:], uint32(g.TagSize))
 	big.PutUint64(b[25:], uint64(g.JournalSectors))
 	big.PutUint32(b[33:], uint32(g.Interleave))
-	copy(b[backupFixed:], vk.Expose())
+	if hydration := h.Token.Hydration; hydration != nil {
+		b[0] = backupHydrating
+		big.PutUint64(b[backupFixed:], uint64(hydration.Start))
+		big.PutUint32(b[backupFixed+8:], uint32(hydration.Region))
+	}
+	copy(b[fixed:], vk.Expose())
 	aead, err := backupCipher(key)
 	if err != nil {
 		return "", err
@@ -87,7 +103,8 @@ func OpenBackup(text, uuid string, want Want, key secret.Bytes) (Backup, error) 
 		return Backup{}, err
 	}
 	n := aead.NonceSize()
-	if len(sealed) != n+backupFixed+int(want.keySize())+aead.Overhead() {
+	fixed := len(sealed) - n - int(want.keySize()) - aead.Overhead()
+	if fixed != backupFixed && (fixed != backupFixed+backupHydration || want.Spec.Layout != dek.LayoutClone) {
 		return corrupt("it has %d bytes, not those of a volume with integrity %q", len(sealed), want.Spec.Integrity)
 	}
 	plain := secret.New(len(sealed) - n - aead.Overhead())
@@ -96,8 +113,8 @@ func OpenBackup(text, uuid string, want Want, key secret.Bytes) (Backup, error) 
 	if _, err := aead.Open(b[:0], sealed[:n], sealed[n:], backupData(want.ID, uuid)); err != nil {
 		return corrupt("it does not open under its DEK for header %s: it was changed, or is another volume's", uuid)
 	}
-	if b[0] != backupVersion {
-		return corrupt("it has version %d and this build reads %d: upgrade it", b[0], backupVersion)
+	if hydrates := fixed > backupFixed; b[0] != backupVersion && !hydrates || b[0] != backupHydrating && hydrates {
+		return corrupt("it has version %d and this build reads %d, and %d where the volume hydrates: upgrade it", b[0], backupVersion, backupHydrating)
 	}
 	got := Backup{SectorSize: int(big.Uint32(b[1:])), Size: int64(big.Uint64(b[5:]))}
 	g := Geometry{Sectors: int64(big.Uint64(b[13:])), TagSize: int(big.Uint32(b[21:])), JournalSectors: int64(big.Uint64(b[25:])), Interleave: int(big.Uint32(b[33:]))}
@@ -106,8 +123,11 @@ func OpenBackup(text, uuid string, want Want, key secret.Bytes) (Backup, error) 
 	} else if g != (Geometry{}) {
 		return corrupt("it has an integrity geometry, and the volume has no integrity")
 	}
+	if fixed > backupFixed {
+		got.Hydration = &Hydration{Start: int64(big.Uint64(b[backupFixed:])), Region: int(big.Uint32(b[backupFixed+8:]))}
+	}
 	got.VolumeKey = secret.New(int(want.keySize()))
-	copy(got.VolumeKey.Expose(), b[backupFixed:])
+	copy(got.VolumeKey.Expose(), b[fixed:])
 	return got, nil
 }
 
@@ -134,6 +154,9 @@ func (b Backup) Token(want Want, sequence uint64) Token {
 	t.Sequence, t.Made, t.Size, t.Integrity = sequence, true, b.Size, b.Integrity
 	if b.Integrity != nil {
 		t.Initialised = b.Size
+	}
+	if b.Hydration != nil {
+		t.Hydration, t.Initialised = b.Hydration, b.Hydration.Start
 	}
 	if want.Spec.Layout == dek.LayoutClone {
 		t.Reserved = b.Integrity.Sectors*512 - b.Size

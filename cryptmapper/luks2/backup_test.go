@@ -27,6 +27,9 @@ import (
 // cryptography: of the volume key 00 to 5f, under the DEK 01…01.
 const backupVector = "AgICAgICAgICAgIC9gxO6HkAp9ZCEePDmAJuMl2fdAVVqRAOzWUbvhfg8VHHPwLEgJR7qPNSOtl7nHkv+k8Qhf4RPVWVw5N7VOlsO0M5TwPBh43psW/oYV/4LcK+ZaVP0T7v+2LudD37zooHxodfTw3I+xnAl9Hqdc+5/W8IzuzHV8NWVZQ4WydGAONOmXUZkwspl8cm9J50iwj9hVK5eHI="
 
+// hydratingVector is the other one there, of a volume that hydrates.
+const hydratingVector = "AwMDAwMDAwMDAwMD//zUZ9Q06pAOzoAzJHZk5mBNB5+BzQbcNSYxuBvcVfEZNClg7hfnOH6TSR1zPM9OJQHMVMLmI/3p/ZIqaMri80SBetaEvPr7Y1UtaRmDbMZBlfB0njnGixoIvzeO2XrCmVU4z8p0HfDhba1AAu+mu1R38Rzzk0PxT9R5JhfCPsY1ECkq8+mZG7VIzmQsmVrigDFNAn1W9/wisV4YO7bcSBM="
+
 func protected() luks2.Want {
 	w := want
 	w.Spec.Integrity = dek.IntegrityHMAC
@@ -57,6 +60,29 @@ func TestBackupVector(t *testing.T) {
 	}
 	token := b.Token(protected(), 9)
 	if !token.Made || token.Initialised != token.Size || token.Size != b.Size || token.Sequence != 9 || token.DEKID != string(id) {
+		t.Errorf("the token is %+v", token)
+	}
+}
+
+func TestHydratingBackupVector(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/header-format.md")
+	if err != nil || !strings.Contains(string(doc), "`"+hydratingVector+"`") {
+		t.Errorf("docs/header-format.md does not have the vector (%v)", err)
+	}
+	w := protected()
+	if _, err := luks2.OpenBackup(hydratingVector, uuid, w, newKey(1)); !errors.Is(err, errdefs.ErrCorrupt) {
+		t.Errorf("for a volume without the layout: %v", err)
+	}
+	w.Spec.Layout = dek.LayoutClone
+	b, err := luks2.OpenBackup(hydratingVector, uuid, w, newKey(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.VolumeKey.Wipe()
+	if b.Size != 39841792 || *b.Hydration != (luks2.Hydration{Start: 4194304, Region: 4096}) || !bytes.Equal(b.VolumeKey.Expose(), countUp(96)) {
+		t.Errorf("it holds %+v", b)
+	}
+	if token := b.Token(w, 9); token.Initialised != 4194304 || token.Reserved != 2101248 || *token.Hydration != *b.Hydration || token.Version != 2 {
 		t.Errorf("the token is %+v", token)
 	}
 }

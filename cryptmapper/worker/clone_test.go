@@ -567,41 +567,45 @@ func TestKernelCloneArea(t *testing.T) {
 	}
 }
 
-// A header backup is made when a volume is hydrated, and restores the header of
-// a finished volume; what hydrates has none.
+// A header backup restores the header as it was: of a volume that hydrates, of
+// one that is done, of one that has grown and hydrates again.
 func TestKernelCloneRestoreHeader(t *testing.T) {
 	f := newCloned(t, 64*mib)
 	f.Mapper = keeping(t, 0)
-	m := f.made(t, "kept")
-	if m.Header.Backup != "" {
-		t.Error("a hydrating volume has a header backup")
-	}
-	f.close(t)
-	head := readAt(t, f.v.Device, 0, 16*mib)
-	writeAt(t, f.v.Device, 0, make([]byte, 16*mib))
-	if _, _, err := f.Restore(t.Context(), f.v, f.d, true); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "holds no header backup") {
-		t.Errorf("restoring a hydrating volume: %v", err)
-	}
-	writeAt(t, f.v.Device, 0, head)
-	f.open(t)
-	f.hydrate(t)
-	m = f.finish(t)
-	if m.Header.Backup == "" {
-		t.Error("Finish brought no header backup")
-	}
-	f.confirm(m)
-	f.close(t)
-	for name, disaster := range disasters {
-		writeAt(t, f.v.Device, 0, disaster())
-		f.refused(t, errdefs.ErrState, "will not be formatted")
-		if h, restored, err := f.Restore(t.Context(), f.v, f.d, true); err != nil || !restored || h.UUID != m.Header.UUID || h.Sequence != m.Header.Sequence {
-			t.Fatalf("%s: Restore = %+v, %v, %v", name, h, restored, err)
+	restored := func(m cryptmapper.Mapping) {
+		t.Helper()
+		if m.Header.Backup == "" {
+			t.Fatalf("there is no header backup: %+v", m)
 		}
-		if again := f.open(t); again.Size != m.Size || again.Regions != 0 || string(readAt(t, again.Path, 0, 4)) != "kept" {
-			t.Errorf("%s: restored: %+v", name, again)
-		}
+		f.confirm(m)
 		f.close(t)
+		for name, disaster := range disasters {
+			writeAt(t, f.v.Device, 0, disaster())
+			f.refused(t, errdefs.ErrState, "will not be formatted")
+			if h, restored, err := f.Restore(t.Context(), f.v, f.d, true); err != nil || !restored || h.UUID != m.Header.UUID || h.Sequence != m.Header.Sequence {
+				t.Fatalf("%s: Restore = %+v, %v, %v", name, h, restored, err)
+			}
+			again := f.open(t)
+			if again.Size != m.Size || again.Regions != m.Regions || string(readAt(t, again.Path, 0, 4)) != "kept" {
+				t.Errorf("%s: restored: %+v, was %+v", name, again, m)
+			}
+			readAt(t, again.Path, 0, int(again.Size))
+			f.close(t)
+		}
+		f.open(t)
 	}
+	restored(f.made(t, "kept"))
+	f.hydrate(t)
+	restored(f.finish(t))
+	kernel.Grow(t, f.v.Device, 80*mib)
+	m := f.resize(t)
+	writeAt(t, m.Path, m.Size-4, []byte("kept"))
+	restored(m)
+	if got := string(readAt(t, m.Path, m.Size-4, 4)); got != "kept" {
+		t.Errorf("the new space holds %q", got)
+	}
+	f.hydrate(t)
+	restored(f.finish(t))
 }
 
 // fill writes b all over the volume, past the page cache and without a flush:

@@ -16,8 +16,7 @@ import (
 // "" where it has that already, or nobody asked.
 func (o *operation) backup(dev *device, h *luks2.Header) (string, error) {
 	has := o.Header.Backup != "" && o.Header.Sequence >= h.Token.Sequence
-	// One of a volume that hydrates would be of no use when it is done.
-	if !o.Backup || !h.Token.Made || has || o.constellation() || o.previous || h.Token.Hydration != nil {
+	if !o.Backup || !h.Token.Made || has || o.constellation() || o.previous {
 		return "", nil
 	}
 	vk, err := o.volumeKey(dev, h, o.key)
