@@ -346,8 +346,7 @@ func TestKernelGrowSuspended(t *testing.T) {
 		} {
 			t.Run(sort.name+", "+name, func(t *testing.T) {
 				f, _ := halfGrown(t, i, 4) // the longer table is loaded
-				below := strings.Fields(f.layers(t))
-				for _, suffix := range below {
+				for suffix := range strings.FieldsSeq(f.layers(t)) {
 					if err := dm.Suspend(f.v.Name + suffix); err != nil {
 						t.Fatal(err)
 					}
