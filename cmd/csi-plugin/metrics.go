@@ -45,6 +45,7 @@ func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stu
 	m.hydrations = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "cryptcsi_hydration_seconds",
 		Help:    "From when a volume that hydrates was first seen by this process until it was finished.",
 		Buckets: []float64{10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600, 7 * 24 * 3600}})
+	m.finishes.WithLabelValues(metrics.Result(nil)) // so that the first failure is an increase
 	m.Add(m.operations, m.steps, m.finishes, m.hydrations)
 	m.Gauge("cryptcsi_open_mappings", "Crypt devices open on this node.", func() float64 {
 		l, err := list()

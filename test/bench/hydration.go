@@ -26,6 +26,7 @@ const (
 type load struct {
 	name   string
 	block  int
+	writes int
 	random bool
 	sync   bool
 	aim    string
@@ -33,82 +34,113 @@ type load struct {
 
 func loads() []load {
 	return []load{
-		{"sequential writes of 1 MiB", 1 << 20, false, false, "at least 0.9"},
-		{"random writes of 4 KiB", 4 << 10, true, false, "at least 0.9"},
-		{"random writes of 4 KiB, each synced", 4 << 10, true, true, "at least 0.5"},
+		{"sequential writes of 1 MiB", 1 << 20, 24, false, false, "at least 0.9"},
+		{"random writes of 4 KiB", 4 << 10, 3000, true, false, "at least 0.9"},
+		{"random writes of 4 KiB, each synced", 4 << 10, 1500, true, true, "at least 0.5"},
 	}
 }
 
-// whileHydrating writes to a volume that csi-plugin hydrates, and then to the
-// same one when that is done.
+// whileHydrating writes to a volume that csi-plugin hydrates and, in turn with
+// it, to one that is hydrated. csi-plugin stands still while the second is
+// measured, so that nothing is written in the background then.
 func (b *bench) whileHydrating() error {
-	v, err := b.stack.Create(b.ctx, "hydrating", hydratingSize, stack.BlockCapability(), map[string]string{"cryptcsi.io/integrity": "hmac-sha256"})
+	done, err := b.integrity("hydrated", hydratingSize)
 	if err != nil {
 		return err
 	}
-	if err := v.Up(b.ctx); err != nil {
-		return err
-	}
-	before, err := b.measure(v)
+	took, err := timed(func() error { return b.until(done, func(m cryptmapper.Mapping) bool { return m.Regions == 0 }) })
 	if err != nil {
 		return err
 	}
-	m, err := progress(v, b.stack.Name)
+	b.table = append(b.table, []string{"hydrating 1 GiB that nobody uses", seconds(took), "", "", "", ""})
+	v, err := b.integrity("hydrating", hydratingSize)
 	if err != nil {
 		return err
 	}
-	if m.Regions == 0 {
-		return errors.New("the volume was hydrated before it was measured")
+	for _, l := range loads() {
+		var ours, that []time.Duration
+		for range b.rounds {
+			n, err := l.run(v.Target)
+			if err != nil {
+				return err
+			}
+			ours = append(ours, n)
+			if n, err = b.undisturbed(v, func() (time.Duration, error) { return l.run(done.Target) }); err != nil {
+				return err
+			}
+			that = append(that, n)
+		}
+		b.row(l.name+" while it hydrates", median(ours), "hydrated", median(that), l.aim)
 	}
-	began := time.Now()
-	for m.Regions > 0 {
-		time.Sleep(100 * time.Millisecond)
-		if m, err = progress(v, b.stack.Name); err != nil {
+	if m, err := b.mapping(v); err != nil || m.Regions == 0 {
+		return fmt.Errorf("the volume was hydrated before all was measured: %w", err)
+	}
+	return errors.Join(v.Down(b.ctx), v.Delete(b.ctx), done.Down(b.ctx), done.Delete(b.ctx))
+}
+
+// integrity makes a block volume with integrity and brings it up.
+func (b *bench) integrity(name string, size int64) (*stack.Volume, error) {
+	v, err := b.stack.Create(b.ctx, name, size, stack.BlockCapability(), map[string]string{"cryptcsi.io/integrity": "hmac-sha256"})
+	if err != nil {
+		return nil, err
+	}
+	return v, v.Up(b.ctx)
+}
+
+// undisturbed runs do while csi-plugin is stopped and hydrates nothing.
+func (b *bench) undisturbed(v *stack.Volume, do func() (time.Duration, error)) (took time.Duration, err error) {
+	defer func() { err = errors.Join(err, unix.Kill(b.stack.PluginPID(), unix.SIGCONT)) }()
+	for {
+		if err := unix.Kill(b.stack.PluginPID(), unix.SIGSTOP); err != nil {
+			return 0, err
+		}
+		m, err := b.mapping(v)
+		if err != nil {
+			return 0, err
+		}
+		if !m.Hydrating {
+			return do()
+		}
+		if err := unix.Kill(b.stack.PluginPID(), unix.SIGCONT); err != nil {
+			return 0, err
+		}
+		if _, err := (load{block: 4 << 10, writes: 64}).run(v.Target); err != nil {
+			return 0, err
+		}
+	}
+}
+
+func (b *bench) until(v *stack.Volume, cond func(cryptmapper.Mapping) bool) error {
+	for {
+		m, err := b.mapping(v)
+		if err != nil || cond(m) {
 			return err
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
-	b.table = append(b.table, []string{"the rest of hydrating 1 GiB, idle", seconds(time.Since(began)), "", "", "", ""})
-	after, err := b.measure(v)
-	if err != nil {
-		return err
-	}
-	for i, l := range loads() {
-		b.table = append(b.table, []string{l.name + " while it hydrates", rate(before[i]), "hydrated", rate(after[i]), fmt.Sprintf("%.2f", before[i]/after[i]), l.aim})
-	}
-	return errors.Join(v.Down(b.ctx), v.Delete(b.ctx))
 }
 
-func rate(perSecond float64) string { return fmt.Sprintf("%.0f/s", perSecond) }
-
-func progress(v *stack.Volume, driverName string) (cryptmapper.Mapping, error) {
+// mapping is a volume's, as the kernel shows it.
+func (b *bench) mapping(v *stack.Volume) (cryptmapper.Mapping, error) {
 	m := cryptmapper.New(cryptmapper.Options{})
 	defer m.Shutdown()
-	all, err := m.List()
-	if err != nil {
-		return cryptmapper.Mapping{}, err
-	}
-	for _, found := range all {
-		if found.Name == driver.MappingName(driverName, v.ID) {
-			return found, nil
+	for range 10 { // while its table changes it cannot be described
+		all, err := m.List()
+		if err != nil {
+			return cryptmapper.Mapping{}, err
 		}
+		for _, found := range all {
+			if found.Name == driver.MappingName(b.stack.Name, v.ID) {
+				return found, nil
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
 	}
 	return cryptmapper.Mapping{}, fmt.Errorf("volume %s is not open", v.ID)
 }
 
-// measure runs each load for some seconds and returns writes per second.
-func (b *bench) measure(v *stack.Volume) ([]float64, error) {
-	var all []float64
-	for _, l := range loads() {
-		perSecond, err := l.run(v.Target, 4*time.Second)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", l.name, err)
-		}
-		all = append(all, perSecond)
-	}
-	return all, nil
-}
-
-func (l load) run(path string, window time.Duration) (perSecond float64, err error) {
+// run writes and returns how long that took.
+func (l load) run(path string) (took time.Duration, err error) {
 	f, err := os.OpenFile(filepath.Clean(path), os.O_WRONLY|unix.O_DIRECT, 0)
 	if err != nil {
 		return 0, err
@@ -122,9 +154,9 @@ func (l load) run(path string, window time.Duration) (perSecond float64, err err
 	for i := range buf {
 		buf[i] = byte(i * 7)
 	}
-	blocks, random := int64(writtenSize/l.block), rand.New(rand.NewPCG(1, uint64(l.block)))
-	n, began := int64(0), time.Now()
-	for time.Since(began) < window {
+	blocks, random := int64(writtenSize/l.block), rand.New(rand.NewPCG(rand.Uint64(), 1))
+	began := time.Now()
+	for n := range int64(l.writes) {
 		at := n % blocks
 		if l.random {
 			at = random.Int64N(blocks)
@@ -137,7 +169,6 @@ func (l load) run(path string, window time.Duration) (perSecond float64, err err
 				return 0, err
 			}
 		}
-		n++
 	}
-	return float64(n) / time.Since(began).Seconds(), nil
+	return time.Since(began), nil
 }
