@@ -14,6 +14,7 @@ package cryptmapper
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -66,6 +67,9 @@ type Options struct {
 	WithoutClone bool
 	// Observe, where not nil, is told of every operation when it ends.
 	Observe func(op Op, name string, err error)
+	// ObserveHeader, where not nil, is told how much of each Open went into the
+	// header; what is left is the worker's start and the activation.
+	ObserveHeader func(took time.Duration)
 }
 
 // Mapper opens and closes crypt devices. A DEK whose spec has the layout
@@ -232,6 +236,9 @@ func (m *Mapper) run(ctx context.Context, req Request, keys Keys) (Reply, error)
 	reply, err := m.pool.do(ctx, req, keys, func() { m.unlock(name) })
 	if err == nil {
 		err = reply.Err()
+	}
+	if m.opts.ObserveHeader != nil && req.Op == OpOpen && err == nil {
+		m.opts.ObserveHeader(reply.HeaderTook)
 	}
 	if m.opts.Observe != nil {
 		m.opts.Observe(req.Op, name, err)

@@ -77,8 +77,11 @@ type Reply struct {
 	Mapping  Mapping
 	Copies   []HeaderCopy // Peek
 	Restored bool         // Restore: a header was written
-	Class    string       `json:",omitempty"` // of the error
-	Error    string       `json:",omitempty"`
+	// HeaderTook is how long Open worked until it had a header: read, checked,
+	// and made where there was none.
+	HeaderTook time.Duration `json:",omitempty"`
+	Class      string        `json:",omitempty"` // of the error
+	Error      string        `json:",omitempty"`
 }
 
 // HeaderCopy is one metadata copy as it stands on a device, not checked

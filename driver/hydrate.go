@@ -29,15 +29,17 @@ type Hydration interface {
 
 // How background hydration makes way for the pod. It runs once nothing was
 // asked of the volume for a while, and pauses when something is. A volume that
-// is never idle gets a burst in each period nevertheless, so that it comes to
-// its end: at least a twentieth of the time.
+// is never idle gets bursts nevertheless, so that it comes to its end: a
+// twentieth of the time. A burst that took longer than it should, because what
+// it started kept the CPU from us, is followed by a longer pause.
 const (
-	hydrationTick   = 50 * time.Millisecond // how often the volumes are looked at
-	hydrationIdle   = 300 * time.Millisecond
-	hydrationBurst  = hydrationTick
-	hydrationPeriod = time.Second
-	progressPeriod  = time.Second      // how often their progress is
-	scanPeriod      = 10 * time.Second // how often it is tried to find them
+	hydrationTick  = 50 * time.Millisecond // how often the volumes are looked at
+	hydrationIdle  = 300 * time.Millisecond
+	hydrationBurst = hydrationTick
+	hydrationShare = 20
+	longestPause   = time.Minute
+	progressPeriod = time.Second      // how often their progress is
+	scanPeriod     = 10 * time.Second // how often it is tried to find them
 )
 
 // defaultHydrating is how many volumes hydrate at once.
@@ -72,8 +74,10 @@ type hydrating struct {
 	on         bool
 	seen       Activity
 	busyAt     time.Time // when the volume was last seen to be in use
+	onAt       time.Time // since when it runs
 	offAt      time.Time // since when it pauses
 	burstUntil time.Time
+	burstAgain time.Time // not before
 
 	finishing bool
 	retryAt   time.Time
@@ -159,7 +163,7 @@ func (h *hydrator) scan(ctx context.Context) error {
 			continue
 		}
 		now := time.Now()
-		h.volumes[v.id] = &hydrating{v: v, m: info.Mapping, began: now, on: info.Hydrating, offAt: now}
+		h.volumes[v.id] = &hydrating{v: v, m: info.Mapping, began: now, on: info.Hydrating, onAt: now, offAt: now, burstAgain: now.Add(hydrationShare * hydrationBurst)}
 		h.log.InfoContext(ctx, "hydrating", "volume_id", v.id, "mapping", info.Name, "hydrated", info.Hydrated, "regions", info.Regions)
 	}
 	for id, e := range h.volumes {
@@ -259,7 +263,7 @@ func (h *hydrator) may(e *hydrating, now time.Time) bool {
 	if now.Sub(e.busyAt) >= hydrationIdle || now.Before(e.burstUntil) {
 		return true
 	}
-	if e.on || now.Sub(e.offAt) < hydrationPeriod {
+	if e.on || now.Before(e.burstAgain) {
 		return false
 	}
 	e.burstUntil = now.Add(hydrationBurst)
@@ -272,9 +276,16 @@ func (h *hydrator) set(ctx context.Context, e *hydrating, on bool, now time.Time
 		return
 	}
 	e.on = on
-	if !on {
-		e.offAt = now
+	if on {
+		e.onAt = now
+		return
 	}
+	e.offAt = now
+	ran := hydrationBurst
+	if !e.burstUntil.Before(e.onAt) { // it was a burst, not idleness
+		ran = max(ran, now.Sub(e.onAt))
+	}
+	e.burstAgain = now.Add(min((hydrationShare-1)*ran, longestPause))
 }
 
 // pauseAll is done when the process ends: nobody would make way for the pods.

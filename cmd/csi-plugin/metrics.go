@@ -39,7 +39,7 @@ func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stu
 		return m
 	}
 	m.steps = prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "cryptcsi_stage_step_seconds",
-		Help: "Steps of NodeStageVolume that succeeded: announce, borrow, key, open, fill (mkfs), confirm, mount, note.", Buckets: buckets}, []string{"step"})
+		Help: "Steps of NodeStageVolume that succeeded: announce, borrow, key, open (of which header), fill (mkfs), confirm, mount, note.", Buckets: buckets}, []string{"step"})
 	m.finishes = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "cryptcsi_hydration_finishes_total",
 		Help: "Attempts to finish a volume that is hydrated, by class of error."}, []string{"result"})
 	m.hydrations = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "cryptcsi_hydration_seconds",

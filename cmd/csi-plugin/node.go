@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -94,7 +95,8 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	var m *measured
 	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}, Warm: f.warmWorkers, HeaderBackup: f.headerBackup,
-		Observe: func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) }})
+		Observe:       func(op cryptmapper.Op, name string, err error) { m.operation(op, name, err) },
+		ObserveHeader: func(took time.Duration) { m.stageStep("header", took) }})
 	defer cm.Shutdown()
 	m = newMeasured(library, cm.List, cm.Stuck)
 	keyring, closeKeys, err := f.keys.open(ctx, log, keyOptions{kms: m.KMS, store: m.Store, service: m.keyCall, state: m.watchKeyService})

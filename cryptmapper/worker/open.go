@@ -5,6 +5,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,6 +21,7 @@ const endsSize = 1 << 20
 
 // open is Mapper.Open.
 func (o *operation) open(l *lock) (cryptmapper.Mapping, error) {
+	began := time.Now()
 	// Writable even for a read-only volume with integrity: its journal is
 	// replayed when it opens.
 	dev, err := openDevice(o.Volume.Device, !o.Volume.ReadOnly || o.Spec.Integrity != dek.IntegrityNone)
@@ -34,6 +36,7 @@ func (o *operation) open(l *lock) (cryptmapper.Mapping, error) {
 	if err != nil {
 		return cryptmapper.Mapping{}, err
 	}
+	o.headerTook = time.Since(began)
 	if h, err = o.bring(l, dev, h); err != nil {
 		return cryptmapper.Mapping{}, err
 	}

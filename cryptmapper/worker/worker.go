@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -71,6 +72,8 @@ type operation struct {
 	log  *log
 	// previous tells that key is the one before, under which the header still is.
 	previous bool
+
+	headerTook time.Duration // see cryptmapper.Reply
 }
 
 func (o *operation) run(reply *cryptmapper.Reply) (err error) {
@@ -94,6 +97,7 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 		return o.close(l)
 	case cryptmapper.OpOpen:
 		reply.Mapping, err = o.open(l)
+		reply.HeaderTook = o.headerTook
 	case cryptmapper.OpMarkMade:
 		reply.Mapping, err = o.markMade(l)
 	case cryptmapper.OpResize:

@@ -58,18 +58,23 @@ func (b *bench) whileHydrating() error {
 		return err
 	}
 	for _, l := range loads() {
-		var ours, that []time.Duration
+		var ours, paused, that []time.Duration
 		for range b.rounds {
 			n, err := l.run(v.Target)
 			if err != nil {
 				return err
 			}
 			ours = append(ours, n)
+			if n, err = b.undisturbed(v, func() (time.Duration, error) { return l.run(v.Target) }); err != nil {
+				return err
+			}
+			paused = append(paused, n)
 			if n, err = b.undisturbed(v, func() (time.Duration, error) { return l.run(done.Target) }); err != nil {
 				return err
 			}
 			that = append(that, n)
 		}
+		b.row(l.name+" while hydration is stopped", median(paused), "hydrated", median(that), "")
 		b.row(l.name+" while it hydrates", median(ours), "hydrated", median(that), l.aim)
 	}
 	if m, err := b.mapping(v); err != nil || m.Regions == 0 {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -22,7 +23,7 @@ const mib = 1 << 20
 
 func main() {
 	rounds := flag.Int("rounds", 10, "how often each pair is measured")
-	only := flag.String("only", "", "measure this part alone: stage, many, stalled, hydration")
+	only := flag.String("only", "", "measure this part alone: stage, steps, many, stalled, hydration")
 	many := flag.Int("volumes", 32, "how many volumes are staged at once")
 	flag.Parse()
 	b := &bench{ctx: context.Background(), rounds: *rounds, many: *many, only: *only}
@@ -38,6 +39,7 @@ type bench struct {
 	only         string
 	stack        *stack.Stack
 	table        [][]string
+	bars         []string // where the time of stages goes
 }
 
 func (b *bench) run(w io.Writer) (err error) {
@@ -50,7 +52,7 @@ func (b *bench) run(w io.Writer) (err error) {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	b.stack, err = stack.Start(b.ctx, stack.Config{Dir: dir, Bin: filepath.Dir(self)})
+	b.stack, err = stack.Start(b.ctx, stack.Config{Dir: dir, Bin: filepath.Dir(self), PluginArgs: []string{"--metrics-address=" + metricsAddress}})
 	if err != nil {
 		return err
 	}
@@ -63,7 +65,7 @@ func (b *bench) run(w io.Writer) (err error) {
 	for _, part := range []struct {
 		name string
 		run  func() error
-	}{{"stage", b.stageAgainstHand}, {"many", b.manyAtOnce}, {"stalled", b.stalledDevice}, {"hydration", b.whileHydrating}} {
+	}{{"stage", b.stageAgainstHand}, {"steps", b.stageSteps}, {"many", b.manyAtOnce}, {"stalled", b.stalledDevice}, {"hydration", b.whileHydrating}} {
 		if b.only != "" && b.only != part.name {
 			continue
 		}
@@ -82,7 +84,13 @@ func (b *bench) run(w io.Writer) (err error) {
 		}
 		fmt.Fprintln(t)
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	if len(b.bars) > 0 {
+		fmt.Fprintln(w, "\nWhere the time of a stage goes (key: the KEK is local; fill: mkfs):\n\n"+strings.Join(b.bars, "\n"))
+	}
+	return nil
 }
 
 // row adds a comparison of two times.
