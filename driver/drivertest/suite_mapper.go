@@ -402,9 +402,25 @@ func testClosing(m *mapperTest) {
 	m.close()
 }
 
+// settle hydrates the open volume in full and finishes it.
+func (m *mapperTest) settle() driver.Mapping {
+	m.Helper()
+	if got, _ := m.listed(m.v.Name); got.Regions > 0 {
+		m.hydrate(true)
+		m.hydrated(1)
+	}
+	finished, err := m.Hydration.Finish(m.Context(), m.v, m.key)
+	if err != nil {
+		m.Fatalf("Finish: %v", err)
+	}
+	m.key.Header = finished.Header
+	return finished
+}
+
 func testGrowing(m *mapperTest) {
 	m.finish()
-	before := m.open()
+	m.open()
+	before := m.settle()
 	resize := func() (driver.Mapping, error) { return m.Mapper.Resize(m.Context(), m.v, m.key) }
 	m.Grow(m.T, m.device, suiteSize*3/2)
 	got, err := resize()
@@ -420,6 +436,7 @@ func testGrowing(m *mapperTest) {
 	}
 	m.hasData(got.Path)
 	m.WriteAt(m.T, got.Path, pattern(), got.Size-4096)
+	got = m.settle() // what has grown may hydrate too
 	if again, err := resize(); err != nil || again.Header != got.Header || again.Size != got.Size {
 		m.Errorf("growing again: %+v, %v", again, err)
 	}
