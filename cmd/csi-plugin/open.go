@@ -380,7 +380,7 @@ func (w *ordinary) open(ctx context.Context, o *opener) error {
 		return err
 	}
 	// Nobody works with the device before the record has this.
-	if d.State == dek.Prepared || m.Header.Sequence > d.Header.Sequence || m.Header.Backup != "" {
+	if d.State != dek.Formatted || m.Header.Sequence > d.Header.Sequence || m.Header.Backup != "" {
 		if err := w.keys.ConfirmDEK(ctx, o.id, m.Header); err != nil {
 			return err
 		}
@@ -389,7 +389,7 @@ func (w *ordinary) open(ctx context.Context, o *opener) error {
 }
 
 // fetch returns the DEK, with a claim where the device may have to be
-// formatted. The caller wipes it, on an error too.
+// formatted, or given a header under its own key. The caller wipes it, on an error too.
 func (w *ordinary) fetch(ctx context.Context, o *opener) (dek.DEK, error) {
 	d, err := w.keys.GetDEK(ctx, o.id)
 	if errors.Is(err, errdefs.ErrNotFound) && w.create {
@@ -404,7 +404,7 @@ func (w *ordinary) fetch(ctx context.Context, o *opener) (dek.DEK, error) {
 	if err := o.demand(d); err != nil {
 		return d, err
 	}
-	if d.State == dek.Prepared && !o.volume.ReadOnly {
+	if d.State != dek.Formatted && !o.volume.ReadOnly {
 		d.Claim, err = w.keys.ClaimFormat(ctx, o.id, dek.Claim{Node: w.node, UUID: dek.NewUUID()})
 	}
 	return d, err

@@ -83,6 +83,9 @@ func run(ctx context.Context, w io.Writer, seed uint64, n int, only *regexp.Rege
 	s.heading(fields[1])
 	s.headers()
 	s.disks()
+	if err := s.copies(); err != nil {
+		return err
+	}
 	s.superblocks()
 	s.sectors()
 	s.races()
