@@ -7,6 +7,8 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/driver/drivertest"
 )
 
 const copyID = "vol-copy"
@@ -145,6 +147,25 @@ func TestCopyOnTwoNodes(t *testing.T) {
 	}
 	m.ok("unstage", m.unstage())
 	m.clean()
+}
+
+// A node that died after the header was written, and a floor that was raised
+// without proof of the key since: the next stage still ends it.
+func TestCopyAtItsFloor(t *testing.T) {
+	m := modes()[0].copied(t)
+	d, err := m.keys.GetDEK(t.Context(), m.dekID())
+	m.ok("GetDEK", err)
+	got, err := drivertest.Mapper{Kernel: m.kernel}.Open(t.Context(), driver.Volume{Name: driver.MappingName("loop.cryptcsi.io", m.id), Device: m.disk.Path}, d)
+	m.ok("Open", err)
+	d.Wipe()
+	m.reboot()
+	m.ok("ConfirmDEK", m.keys.ConfirmDEK(t.Context(), m.dekID(), dek.HeaderID{UUID: got.Header.UUID, Sequence: got.Header.Sequence}))
+	if r := m.record(); r.State != dek.Rotating || r.Header.Sequence != 3 {
+		t.Errorf("the record is %s at %+v", r.State, r.Header)
+	}
+	m.ok("stage", m.stage(mountCap("xfs")))
+	m.read(m.staging(), "secret words")
+	m.own(3)
 }
 
 func TestLargerCopy(t *testing.T) {
