@@ -282,6 +282,27 @@ func TestOpen(t *testing.T) {
 	b.refused(t, errdefs.ErrNotFound, "")
 }
 
+// TestOpenRotated: a device whose key was replaced gets a header under the new
+// one, by the node that has claimed it.
+func TestOpenRotated(t *testing.T) {
+	b := newBench(t)
+	b.opens(t, "--create-keys")
+	b.close(t)
+	b.keys.Rotate(stateDisk)
+	b.opens(t, "--read-only")
+	b.close(t)
+	b.keys.Seize(stateDisk, dek.Claim{Node: "m"})
+	b.refused(t, errdefs.ErrConflict, "")
+	b.keys.Seize(stateDisk, dek.Claim{})
+	for range 2 {
+		b.opens(t)
+		if r, _ := b.keys.Record(stateDisk); r.State != dek.Formatted || r.Header.Sequence != 3 {
+			t.Errorf("the record is %s at %+v", r.State, r.Header)
+		}
+		b.close(t)
+	}
+}
+
 // TestOpenDemands: what is asked for at least is asked of the record, before
 // anything is claimed or touched.
 func TestOpenDemands(t *testing.T) {
