@@ -9,6 +9,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/secret"
+	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
 // asCopy makes the record one of a copy of the volume, whose disk it now is.
@@ -77,4 +78,28 @@ func cryptsetupOpens(t *testing.T, device string, key secret.Bytes) bool {
 	cmd := exec.Command("cryptsetup", "open", "--test-passphrase", "--key-file=-", device)
 	cmd.Stdin = bytes.NewReader(key.Expose())
 	return cmd.Run() == nil
+}
+
+// A source whose own disk was taken for its copy gets its header back from the
+// backup in its record.
+func TestKernelRotatedSourceIsRestored(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newKept(t, integrity)
+			kernel.Need(t, "exec:cryptsetup")
+			want, source := f.through(t), f.d
+			f.asCopy()
+			f.open(t)
+			f.close(t)
+			f.d = source
+			f.refused(t, errdefs.ErrState, "belongs to")
+			h, restored, err := f.Restore(t.Context(), f.v, f.d, false)
+			if err != nil || !restored || h.UUID != source.Header.UUID {
+				t.Fatalf("Restore = %+v, %v, %v", h, restored, err)
+			}
+			if f.through(t) != want {
+				t.Error("the volume holds something else")
+			}
+		})
+	}
 }
