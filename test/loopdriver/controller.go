@@ -416,25 +416,24 @@ func (d *Driver) ControllerExpandVolume(_ context.Context, req *csi.ControllerEx
 	}
 	// The file's size decides, not the state's: so a repetition heals a growth
 	// that was interrupted here, or left out by the fault.
-	if !d.faults.on(faultNoGrow, v) {
-		if err := growImage(d.BackingFile(v.ID), v.Bytes); err != nil {
-			return nil, err
-		}
-		if d.faults.on(faultLateGrowth, v) {
-			return d.grown(v, req), nil
-		}
-		if err := growLoop(d.BackingFile(v.ID)); err != nil {
+	late := v.Node != "" && d.faults.on(faultLateGrowth, v)
+	if !late && !d.faults.on(faultNoGrow, v) {
+		if err := d.grow(v); err != nil {
 			return nil, err
 		}
 	}
-	return d.grown(v, req), nil
-}
-
-func (d *Driver) grown(v volume, req *csi.ControllerExpandVolumeRequest) *csi.ControllerExpandVolumeResponse {
 	return &csi.ControllerExpandVolumeResponse{
 		CapacityBytes:         v.Bytes,
 		NodeExpansionRequired: d.nodeExpansion(req.GetVolumeCapability()),
+	}, nil
+}
+
+// grow makes the file and its loop device as large as the volume.
+func (d *Driver) grow(v volume) error {
+	if err := growImage(d.BackingFile(v.ID), v.Bytes); err != nil {
+		return err
 	}
+	return growLoop(d.BackingFile(v.ID))
 }
 
 func (d *Driver) nodeExpansion(c *csi.VolumeCapability) bool {

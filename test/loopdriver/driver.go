@@ -102,7 +102,7 @@ type Config struct {
 	//	                            take one layer off at each NodeUnpublishVolume
 	//	no-grow[:VOLUME]            report growth that did not happen
 	//	ignore-block[:VOLUME]       publish a directory where a device was asked for
-	//	late-growth[:VOLUME]        show the device's new size at NodeExpandVolume only
+	//	late-growth[:VOLUME]        an attached device grows at NodeExpandVolume only
 	//	picky-expand[:VOLUME]       NodeExpandVolume wants range, capability and staging
 	//	                            path, and nothing but block for a block device
 	//	one-mount[:VOLUME]          no block publish of a device that is mounted or bound

@@ -479,7 +479,7 @@ func (d *Driver) NodeExpandVolume(_ context.Context, req *csi.NodeExpandVolumeRe
 		return nil, err
 	}
 	if d.faults.on(faultLateGrowth, v) {
-		if err := growLoop(d.BackingFile(v.ID)); err != nil {
+		if err := d.grow(v); err != nil {
 			return nil, err
 		}
 	}

@@ -56,6 +56,7 @@ func TestKernelSanity(t *testing.T) {
 				t.Errorf("skipped: %s: %s", spec.FullText(), why)
 			}
 		}
+		fmt.Println()
 		for _, name := range slices.Sorted(maps.Keys(seconds)) {
 			fmt.Printf("%4.0f s      %s\n", seconds[name], name)
 		}
@@ -162,6 +163,9 @@ func describe(t *testing.T, run shape) {
 			}
 		})
 		ginkgo.AfterAll(func() {
+			if s == nil {
+				return // it did not start
+			}
 			if t.Failed() {
 				ginkgo.GinkgoWriter.Println(s.Logs())
 			}
@@ -176,10 +180,24 @@ func describe(t *testing.T, run shape) {
 			configs = append(configs, &cfg)
 			ginkgo.Describe(access, func() { t.Cleanup(sanity.GinkgoTest(&cfg).Finalize) })
 		}
+		if run.program == "" && !slices.Contains(run.lacks, "ControllerPublishVolume not supported") {
+			ginkgo.It("Node Service should let a volume grow while it is published", func(ctx ginkgo.SpecContext) { grow(ctx, s) })
+		}
 		if run.program == "gcepd" {
 			ginkgo.It("gives no second key to an ID that is made of a name", func(ctx ginkgo.SpecContext) { nameAgain(ctx, s) })
 		}
 	})
+}
+
+// grow lets a volume grow while it is in use. The suite grows one before it is
+// attached, when no driver has to do anything on the node.
+func grow(ctx context.Context, s *stack.Stack) {
+	v, err := s.Create(ctx, "grows", 64<<20, stack.BlockCapability(), nil)
+	gomega.Expect(err).NotTo(gomega.HaveOccurred())
+	gomega.Expect(v.Up(ctx)).To(gomega.Succeed())
+	gomega.Expect(v.Expand(ctx, 1<<30)).To(gomega.Succeed())
+	gomega.Expect(v.Down(ctx)).To(gomega.Succeed())
+	gomega.Expect(v.Delete(ctx)).To(gomega.Succeed())
 }
 
 // nameAgain makes, deletes and makes a volume of one name.

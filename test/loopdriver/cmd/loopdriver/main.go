@@ -37,7 +37,7 @@ only the n-th call is hit.
   stack-publish[:VOLUME]        mount again at each NodePublishVolume
   no-grow[:VOLUME]              report growth that did not happen
   ignore-block[:VOLUME]         publish a directory instead of a device
-  late-growth[:VOLUME]          show a device's new size at NodeExpandVolume only
+  late-growth[:VOLUME]          an attached device grows at NodeExpandVolume only
   picky-expand[:VOLUME]         NodeExpandVolume wants all that it can be given
   one-mount[:VOLUME]            publish a device once and never read-only
   forgetful                     NOT_FOUND where nothing is published or staged
