@@ -98,6 +98,11 @@ func (v *volumeModel) used(node int) bool {
 
 func (v *volumeModel) attachedAnywhere() bool { return v.attached != [sequenceNodes]sure{} }
 
+// busy: something of the volume may be on the node, or it may be on another.
+func (v *volumeModel) busy(node int) bool {
+	return v.used(node) || v.attached[1-node] != no
+}
+
 // ready: a volume that calls can be about.
 func (v *volumeModel) ready() bool { return v != nil && v.there == yes && !v.going }
 
@@ -136,6 +141,8 @@ func (m *model) legalOnNode(o op, v *volumeModel) bool {
 		return v.attached[o.Node] != no && !v.used(o.Node)
 	case opStage:
 		return v.attached[o.Node] == yes
+	case opSick:
+		return v.attached[o.Node] == yes && !v.busy(o.Node) && v.filled == yes && (o.Again || !v.shape.Block)
 	case opUnstage:
 		return v.staged[o.Node] != no && v.pods[o.Node] == [sequencePods]sure{}
 	case opPublish:

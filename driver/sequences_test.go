@@ -39,6 +39,7 @@ const (
 	opKill           = "kill node plugin"
 	opKillController = "kill controller"
 	opReboot         = "reboot node"
+	opSick           = "NodeStage of zeros"
 )
 
 // weights say how often each is tried.
@@ -47,7 +48,7 @@ func weights() map[string]int {
 		opCreate: 5, opRestore: 10, opClone: 5, opCreateAgain: 8, opDelete: 4,
 		opSnapshot: 8, opSnapshotAgain: 8, opDeleteSnapshot: 2,
 		opAttach: 12, opDetach: 8, opStage: 18, opUnstage: 8, opPublish: 14, opUnpublish: 10,
-		opWrite: 14, opRead: 6, opExpand: 5, opNodeExpand: 6, opKill: 1, opKillController: 1, opReboot: 2,
+		opWrite: 14, opRead: 6, opExpand: 5, opNodeExpand: 6, opKill: 1, opKillController: 1, opReboot: 2, opSick: 8,
 	}
 }
 
@@ -68,6 +69,8 @@ type op struct {
 func (o op) String() string {
 	s := fmt.Sprintf("%-26s volume %d node %d", o.Kind, o.Volume, o.Node)
 	switch o.Kind {
+	case opSick:
+		s += map[bool]string{true: " behind a header"}[!o.Again]
 	case opPublish, opUnpublish, opWrite, opRead:
 		s += fmt.Sprintf(" pod %d", o.Pod)
 	case opCreate:

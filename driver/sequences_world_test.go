@@ -290,6 +290,8 @@ func (w *world) step(o op) (outcome, error) {
 		return w.detach(o, v)
 	case opStage:
 		return w.stage(o, v)
+	case opSick:
+		return w.stageZeros(o, v)
 	case opUnstage:
 		return w.unstage(o, v)
 	case opPublish:
@@ -592,6 +594,21 @@ func (w *world) stage(o op, v *volumeModel) (outcome, error) {
 	}
 	v.staged[o.Node] = no
 	return out, errors.Join(out.legitimate(), w.nothingLeft(o.Node, v))
+}
+
+// stageZeros is NodeStageVolume while the backend serves zeros: looking blank is
+// no permission to format a volume that was finished.
+func (w *world) stageZeros(o op, v *volumeModel) (outcome, error) {
+	heal := w.nodes[o.Node].kernel.Sicken(w.cloud.Attached(v.id)[w.nodes[o.Node].name], o.Again)
+	defer heal()
+	healthy := *v
+	o.FaultAt = 0
+	out, _ := w.stage(o, v)
+	*v = healthy
+	if out.err == nil {
+		return out, errors.New("FORMAT: zeros were staged as a volume that was in use before")
+	}
+	return outcome{refused: true}, w.nothingLeft(o.Node, v)
 }
 
 // neverUsed: the disk is a copy of one that nobody had opened, or not to the

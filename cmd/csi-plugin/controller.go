@@ -55,10 +55,14 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
+	plaintext, err := f.plaintext.read()
+	if err != nil {
+		return err
+	}
 	starting, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	c, err := driver.NewController(starting, driver.ControllerConfig{
-		DriverName: f.driverName, Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Logger: log,
+		DriverName: f.driverName, Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Plaintext: plaintext, Logger: log,
 		Version: version, Manifest: map[string]string{"commit": commit, "kms": strings.Join(schemes(), ",")},
 	})
 	if err != nil {

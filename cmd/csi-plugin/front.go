@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -28,6 +29,7 @@ type frontFlags struct {
 	log                        logging.Flags
 	file                       config.File
 	keys                       keyFlags
+	plaintext                  plaintextFlags
 	endpoint, wrapped          string
 	driverName, profile        string
 	metricsAddress             string
@@ -44,6 +46,7 @@ func (f *frontFlags) add(fs *flag.FlagSet) {
 	fs.StringVar(&f.wrapped, "wrapped-endpoint", "", "unix socket of the wrapped driver's "+f.verb+" server (required)")
 	fs.StringVar(&f.driverName, "driver-name", "", "CSI driver name to serve under, the same for node and controller; empty takes the wrapped driver's")
 	fs.StringVar(&f.profile, "profile", "", "name of the driver that the wrapped one is treated as, and changes: NAME,FIELD=VALUE,... (docs/storageclass.md); empty goes by its own name")
+	f.plaintext.add(fs)
 	fs.StringVar(&f.metricsAddress, "metrics-address", "", "address for /metrics, /healthz and /readyz, e.g. :9808; empty for none")
 	fs.DurationVar(&f.startTimeout, "start-timeout", time.Minute, "how long to wait for the wrapped driver at start")
 	fs.DurationVar(&f.drainTimeout, "drain-timeout", 30*time.Second, "how long calls may go on after SIGTERM")
@@ -62,7 +65,7 @@ func (f *frontFlags) parse(fs *flag.FlagSet, args []string) error {
 
 // check finds what can be found without touching anything.
 func (f *frontFlags) check() error {
-	if err := f.keys.check(f.verb); err != nil {
+	if err := errors.Join(f.keys.check(f.verb), f.plaintext.check(f.verb)); err != nil {
 		return err
 	}
 	switch {
@@ -91,6 +94,9 @@ func (f *frontFlags) profileGiven() *driver.Profile {
 
 // tryKeys opens the keys and closes them, for --check-config.
 func (f *frontFlags) tryKeys(ctx context.Context, log *slog.Logger, stderr io.Writer) error {
+	if _, err := f.plaintext.read(); err != nil {
+		return err
+	}
 	_, closeKeys, err := f.keys.open(ctx, log, keyOptions{checkOnly: true})
 	if err == nil {
 		closeKeys()

@@ -35,6 +35,7 @@ const usage = `csi-plugin encrypts the volumes of another CSI driver.
   csi-plugin open      open one encrypted device that is no CSI volume, and print its path
   csi-plugin close     close it
   csi-plugin inspect   list the encrypted volumes of this node
+  csi-plugin plaintext-list  list the unencrypted volumes that a driver has, for --plaintext-volumes-file
   csi-plugin version   print version, commit, libcryptsetup and the KMS that this build knows
   csi-plugin <verb> --help   list the flags of a verb
 `
@@ -69,6 +70,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		err = rekey(ctx, rest, stdout, stderr)
 	case "restore-header":
 		err = restoreHeader(ctx, rest, stdout, stderr)
+	case "plaintext-list":
+		err = plaintextList(rest, os.Stdin, stdout, stderr)
 	case "version":
 		err = printVersion(ctx, rest, stdout, stderr)
 	case "help", "h":

@@ -63,6 +63,9 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	if f.hydrating < 1 || f.hydrating > 64 {
 		return nil, usageError(fmt.Sprintf("node: --hydrating-volumes %d: must be 1 to 64", f.hydrating))
 	}
+	if f.keys.create && f.plaintext.mode == plaintextPass {
+		return nil, usageError("node: --create-keys excludes --plaintext-volumes=pass-through: a volume without a key would get one, or be unencrypted")
+	}
 	if f.warmWorkers < 0 || f.warmWorkers > 64 {
 		return nil, usageError(fmt.Sprintf("node: --warm-workers %d: must be 0 to 64", f.warmWorkers))
 	}
@@ -183,11 +186,16 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 	if f.keys.service.protocol == string(keyclient.ProtocolConstellation) {
 		theirs = m
 	}
+	plaintext, err := f.plaintext.read()
+	if err != nil {
+		return nil, err
+	}
 	layout, _ := driver.LayoutOf(f.integrityInit)
 	d, err := driver.New(ctx, driver.Config{
 		DriverName: f.driverName, NodeName: f.nodeName, KubeletDir: f.kubeletDir,
 		Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Creator: creator, Mapper: m, Constellation: theirs,
 		Hydration: m, Hydrating: f.hydrating, Layout: layout,
+		Plaintext: plaintext,
 		StageWith: f.stageWith, Integrity: driver.IntegrityPolicy(f.integrity), Spec: dek.Spec{Cipher: dek.CipherXTS},
 		TolerateUngrown: f.tolerateUngrown,
 		ObserveStep:     seen.stageStep, ObserveFinish: seen.finished,

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -135,6 +136,26 @@ func (k *Kernel) BlankDisk(path string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	clear(k.disks[k.nodes[path]].pages)
+}
+
+// Sicken makes a device read as zeros, whole or all behind its header, until
+// heal is called: what was written meanwhile is gone then.
+func (k *Kernel) Sicken(path string, whole bool) (heal func()) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	pages := k.disks[k.nodes[path]].pages
+	healthy := maps.Clone(pages)
+	for i := range pages {
+		if whole || i*pageSize >= dataOffset {
+			delete(pages, i)
+		}
+	}
+	return func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		clear(pages)
+		maps.Copy(pages, healthy)
+	}
 }
 
 // SwapDisks exchanges the content of two devices.
