@@ -31,6 +31,7 @@ type plant struct {
 	wrapped *drivertest.Wrapped
 	ring    *envelope.Keyring
 	faults  *drivertest.Faults
+	list    driver.Plaintext
 	csi     csi.ControllerClient
 	id      csi.IdentityClient
 }
@@ -53,7 +54,7 @@ func newPlant(t *testing.T) *plant {
 func (p *plant) start() *plant {
 	p.t.Helper()
 	c, err := driver.NewController(p.t.Context(), driver.ControllerConfig{
-		Wrapped: p.faults.Conn(drivertest.Direct(p.wrapped.Register)), Keys: p.faults.ControllerKeys(p.ring), Version: "test",
+		Wrapped: p.faults.Conn(drivertest.Direct(p.wrapped.Register)), Keys: p.faults.ControllerKeys(p.ring), Plaintext: p.list, Version: "test",
 	})
 	if err != nil {
 		p.t.Fatal(err)

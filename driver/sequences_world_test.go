@@ -457,6 +457,13 @@ func (w *world) delete(o op, v *volumeModel) (outcome, error) {
 		_, err := w.ctl.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: v.id})
 		return err
 	})
+	if slices.Contains(w.cloud.Volumes(), v.id) {
+		d, keyErr := w.ring.GetDEK(context.Background(), volumeDEK(v.id))
+		d.Wipe()
+		if keyErr != nil {
+			return out, fmt.Errorf("DATA: volume %s is there and its key is not: %w", v.name, keyErr)
+		}
+	}
 	if err != nil || out.err != nil {
 		return out, errors.Join(err, out.legitimate())
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -126,6 +127,11 @@ func (d *Driver) askedIntegrity(byType bool, volumeContext map[string]string) (d
 		case key == keyDEKID: // see askedDEK
 		default:
 			return invalid("%s is not known to this version; it may ask for protection that would not be given", key)
+		}
+	}
+	for key := range volumeContext {
+		if strings.HasPrefix(strings.ToLower(key), "cryptcsi") && !strings.HasPrefix(key, KeyPrefix) {
+			return invalid("%s is not ours, though it looks so: ours begin with %s", key, KeyPrefix)
 		}
 	}
 	if asked != dek.IntegrityNone && d.cfg.Integrity == IntegrityOff {

@@ -290,6 +290,7 @@ func TestPolicy(t *testing.T) {
 		"less than the policy":    {driver.IntegrityDefault, map[string]string{"cryptcsi.io/integrity": "none"}, codes.InvalidArgument, ""},
 		"plaintext":               {driver.IntegrityDefault, map[string]string{"cryptcsi.io/encrypted": "0"}, codes.InvalidArgument, ""},
 		"unknown wish":            {driver.IntegrityDefault, map[string]string{"cryptcsi.io/integrity2": "hmac-sha256"}, codes.InvalidArgument, ""},
+		"a wrong spelling":        {driver.IntegrityDefault, map[string]string{"CryptCSI.io/integrity": "hmac-sha256"}, codes.InvalidArgument, ""},
 	} {
 		t.Run("creating: "+name, func(t *testing.T) {
 			m := newMachine(t)

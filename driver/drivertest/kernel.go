@@ -138,6 +138,13 @@ func (k *Kernel) BlankDisk(path string) {
 	clear(k.disks[k.nodes[path]].pages)
 }
 
+// Blank tells whether nothing was ever written to a device.
+func (k *Kernel) Blank(path string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.disks[k.nodes[path]].blank()
+}
+
 // Sicken makes a device read as zeros, whole or all behind its header, until
 // heal is called: what was written meanwhile is gone then.
 func (k *Kernel) Sicken(path string, whole bool) (heal func()) {
