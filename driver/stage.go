@@ -205,16 +205,16 @@ func retryable(err error) bool {
 func (s *staging) staged() (bool, error) {
 	st, err := s.load(s.v)
 	if err != nil || st == nil || !st.Staged || st.BootID != s.boot {
-		return false, err
+		return false, unseen(err)
 	}
 	m, open, err := s.mapping(s.v)
 	if err != nil || !open || m.Backing != st.Device {
-		return false, err
+		return false, unseen(err)
 	}
 	if st.AccessType == accessMount {
 		mounts, err := s.cfg.Mounts.List()
 		if err != nil || !slices.ContainsFunc(at(mounts, st.StagingPath), func(l Mount) bool { return l.Device == m.Number }) {
-			return false, err
+			return false, unseen(err)
 		}
 	}
 	if st.StagingPath != s.want.StagingPath {
@@ -224,6 +224,15 @@ func (s *staging) staged() (bool, error) {
 		return false, errdefs.Errorf(errdefs.ErrExists, "volume %s is staged already, but with another capability: asked for %s", s.v.id, diff)
 	}
 	return true, nil
+}
+
+// unseen is the error of a look at what is there. Something may be, of an
+// earlier call, so it is not final: the orchestrator would never unstage it.
+func unseen(err error) error {
+	if err == nil || errors.Is(err, errdefs.ErrState) {
+		return err
+	}
+	return errdefs.Errorf(errdefs.ErrUnavailable, "finding out what is there of the volume: %w", err)
 }
 
 // run is NodeStageVolume, step by step. Each step can be repeated.
