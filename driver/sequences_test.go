@@ -80,10 +80,11 @@ func (o op) String() string {
 	case opSnapshot, opSnapshotAgain, opRestore, opDeleteSnapshot:
 		s += fmt.Sprintf(" snapshot %d", o.Snapshot)
 	}
-	for word, is := range map[string]bool{" larger": o.Larger, " twice": o.Again} {
-		if is {
-			s += word
-		}
+	if o.Larger {
+		s += " larger"
+	}
+	if o.Again {
+		s += " twice"
 	}
 	if o.FaultAt > 0 {
 		how := "fails for now"
