@@ -64,7 +64,7 @@ func (w *world) checkMounts(node int) error {
 		}
 		dev, err := n.kernel.Device(w.cloud.Attached(v.id)[n.name])
 		if err != nil || dev.Number != m.Backing {
-			return fmt.Errorf("MIXED: mapping %s of volume %s is on device %s, its disk is %s (%v)", m.Name, v.name, m.Backing, dev.Number, err)
+			return fmt.Errorf("MIXED: mapping %s of volume %s is on device %s, its disk is %s (%s)", m.Name, v.name, m.Backing, dev.Number, fmt.Sprint(err))
 		}
 	}
 	return nil
@@ -88,7 +88,7 @@ func (w *world) checkKeys() error {
 		d, err := w.ring.GetDEK(ctx, id)
 		d.Wipe()
 		if !errors.Is(err, errdefs.ErrNotFound) {
-			return fmt.Errorf("DELETE: the key of %s is back (%v)", id, err)
+			return fmt.Errorf("DELETE: the key of %s is back (%s)", id, fmt.Sprint(err))
 		}
 	}
 	keys := map[string]dek.DEK{}

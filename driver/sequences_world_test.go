@@ -482,7 +482,7 @@ func (w *world) absent(id string, disks []string, key dek.ID) error {
 	d, err := w.ring.GetDEK(context.Background(), key)
 	d.Wipe()
 	if !errors.Is(err, errdefs.ErrNotFound) {
-		return fmt.Errorf("DELETE: %s is deleted, its DEK is not: %v", id, err)
+		return fmt.Errorf("DELETE: %s is deleted, its DEK is not: %s", id, fmt.Sprint(err))
 	}
 	return nil
 }
