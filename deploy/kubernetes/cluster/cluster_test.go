@@ -116,7 +116,10 @@ func TestApply(t *testing.T) {
 	// Controllers would make this account.
 	_, err := c.Client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
 	must(t, "default account", err)
-	for _, dir := range []string{example, "../overlays/loopdriver-demo", "../examples/loopdriver-demo", example} {
+	for _, dir := range []string{
+		example, "../overlays/loopdriver-demo", "../examples/loopdriver-demo", "../examples/aws-ebs", "../examples/azuredisk", "../examples/cinder",
+		"../examples/gcp-pd", "../examples/hostpath", "../examples/claims", example,
+	} {
 		if len(c.apply(t, dir)) == 0 {
 			t.Errorf("%s is empty", dir)
 		}
