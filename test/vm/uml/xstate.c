@@ -15,6 +15,16 @@
 
 static _Alignas(64) char whole[64 << 10]; // user-mode Linux traces from one thread
 
+// raw_ptrace returns the negative of the error, and does not go by errno: a
+// signal, such as that of a network packet, may change that right after the call.
+static long raw_ptrace(long request, pid_t pid, void *addr, void *data)
+{
+	long r;
+	register void *r10 __asm__("r10") = data;
+	__asm__ volatile("syscall" : "=a"(r) : "a"(SYS_ptrace), "D"(request), "S"((long)pid), "d"(addr), "r"(r10) : "rcx", "r11", "memory");
+	return r;
+}
+
 long ptrace(enum __ptrace_request request, ...)
 {
 	va_list ap;
@@ -31,12 +41,17 @@ long ptrace(enum __ptrace_request request, ...)
 		errno = 0;
 		return word;
 	}
-	long r = syscall(SYS_ptrace, request, pid, addr, data);
-	if (r == 0 || errno != EFAULT || request != PTRACE_SETREGSET || (long)addr != NT_X86_XSTATE)
-		return r;
+	long r = raw_ptrace(request, pid, addr, data);
+	if (r == 0 || r != -EFAULT || request != PTRACE_SETREGSET || (long)addr != NT_X86_XSTATE) {
+		if (r)
+			errno = -r;
+		return r ? -1 : 0;
+	}
 	struct iovec *part = data, all = {whole, sizeof whole};
-	if (syscall(SYS_ptrace, PTRACE_GETREGSET, pid, addr, &all))
+	if (raw_ptrace(PTRACE_GETREGSET, pid, addr, &all)) {
+		errno = EFAULT;
 		return -1;
+	}
 	if (part->iov_len < all.iov_len)
 		memcpy(whole, part->iov_base, part->iov_len);
 	return syscall(SYS_ptrace, request, pid, addr, &all);
