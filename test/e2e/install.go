@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -98,18 +99,18 @@ func podReady(p *corev1.Pod) error {
 			return nil
 		}
 	}
-	why := string(p.Status.Phase)
+	why := []string{string(p.Status.Phase)}
 	for _, s := range p.Status.ContainerStatuses {
 		switch {
 		case s.State.Waiting != nil:
-			why += fmt.Sprintf("; %s: %s %s", s.Name, s.State.Waiting.Reason, s.State.Waiting.Message)
+			why = append(why, fmt.Sprintf("%s: %s %s", s.Name, s.State.Waiting.Reason, s.State.Waiting.Message))
 		case s.State.Terminated != nil:
-			why += fmt.Sprintf("; %s ended with %d", s.Name, s.State.Terminated.ExitCode)
+			why = append(why, fmt.Sprintf("%s ended with %d", s.Name, s.State.Terminated.ExitCode))
 		case !s.Ready:
-			why += fmt.Sprintf("; %s is not ready", s.Name)
+			why = append(why, s.Name+" is not ready")
 		}
 	}
-	return fmt.Errorf("pod %s: %s", p.Name, why)
+	return fmt.Errorf("pod %s: %s", p.Name, strings.Join(why, "; "))
 }
 
 // registered waits until kubelet has the driver.

@@ -105,7 +105,12 @@ func outside() error {
 	}()
 	err = cmd.Wait()
 	if err != nil {
-		_ = os.Remove(filepath.Join(dir, diskFile))
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			if e.Name() != "log" {
+				_ = os.RemoveAll(filepath.Join(dir, e.Name()))
+			}
+		}
 		return fmt.Errorf("%w; logs are in %s", err, filepath.Join(dir, "log"))
 	}
 	return os.RemoveAll(dir)

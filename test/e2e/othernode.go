@@ -29,8 +29,11 @@ func (t *tester) otherNode(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("the node that has the volume: %w", err)
 	}
 	_, err = t.asksAs(ctx, other)
+	if err == nil {
+		return "", errors.New("the other node gets the key")
+	}
 	if !errors.Is(err, errdefs.ErrDenied) {
-		return "", fmt.Errorf("the other node: %v, want a refusal", err)
+		return "", fmt.Errorf("the other node is not refused: %w", err)
 	}
 	return fmt.Sprintf("node-1: state %s; node-2: %v", mine.State, err), errors.Join(
 		t.client.CoreV1().Pods(namespace).Delete(ctx, "plugin-"+nodeName, metav1.DeleteOptions{}),

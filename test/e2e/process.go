@@ -42,12 +42,6 @@ func start(logs, name string, args ...string) (*process, error) {
 	return p, nil
 }
 
-// kill ends it and all it has started, as a crash does, and waits for that.
-func (p *process) kill() {
-	_ = syscall.Kill(-p.cmd.Process.Pid, unix.SIGKILL)
-	<-p.done
-}
-
 // stop asks it to end, and waits for that.
 func (p *process) stop() {
 	_ = p.cmd.Process.Signal(unix.SIGTERM)

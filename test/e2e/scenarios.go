@@ -247,7 +247,7 @@ func (t *tester) restarted(ctx context.Context, name string, since time.Time) er
 				return podReady(p)
 			}
 		}
-		return fmt.Errorf("it has not started again: %v\n%s", podReady(p), t.events(ctx, name))
+		return fmt.Errorf("it has not started again\n%s", t.events(ctx, name))
 	})
 }
 
