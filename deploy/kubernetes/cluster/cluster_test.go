@@ -123,6 +123,8 @@ func TestApply(t *testing.T) {
 		if len(c.apply(t, dir)) == 0 {
 			t.Errorf("%s is empty", dir)
 		}
+		// A cluster has one of the overlays, and their classes have one name.
+		must(t, "classes", c.Client.StorageV1().StorageClasses().DeleteCollection(t.Context(), metav1.DeleteOptions{}, metav1.ListOptions{}))
 	}
 }
 
