@@ -27,20 +27,21 @@ func Loop(t testing.TB, size int64) string {
 	if err := backing.Truncate(size); err != nil {
 		t.Fatal(err)
 	}
-	device, err := attach(backing)
+	device, err := Attach(backing)
 	if err != nil {
 		t.Fatalf("attach a loop device: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := detach(device); err != nil {
+		if err := Detach(device); err != nil {
 			t.Errorf("detach %s: %v", device, err)
 		}
 	})
 	return device
 }
 
-// attach puts a free loop device onto a file.
-func attach(backing *os.File) (string, error) {
+// Attach puts a free loop device onto a file, which may be closed afterwards,
+// and returns the device's path.
+func Attach(backing *os.File) (string, error) {
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
 		return "", err
@@ -68,8 +69,8 @@ func attach(backing *os.File) (string, error) {
 	return "", errors.New("others take every free device first")
 }
 
-// detach frees a loop device.
-func detach(path string) error {
+// Detach frees a loop device once nothing has it open.
+func Detach(path string) error {
 	device, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
