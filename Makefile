@@ -111,6 +111,10 @@ crash: build ## kill worker and guest at every step of a volume's first life (ma
 sequences: install ## whatever sequences of CSI calls an orchestrator may make, against a model (SEED=1 N=10000, FIRST=0)
 	SEQUENCES_SEED=$(or $(SEED),1) SEQUENCES_N=$(or $(N),10000) SEQUENCES_FIRST=$(or $(FIRST),0) \
 		go test -count=1 -timeout 2h -v -run '^TestSequences$$' ./driver | grep -vE '^=== '
+.PHONY: kill-hydration
+kill-hydration: build ## cut the power of hydrating integrity volumes N=200 times (SEED=1; make test: a sample)
+	$(GOBUILD) -o bin/hydration ./test/hydration
+	@bin/vm -mem 3G -timeout 3h -- bin/hydration -n=$(or $(N),200) -seed=$(or $(SEED),1) $(HYDRATION)
 
 .PHONY: sanity
 sanity: build gcepd-build ## csi-sanity in full over each driver, with the list of what it skips (make kernel: a part of it over most)

@@ -22,15 +22,14 @@ func (s *session) fallBack() ([][]uint32, error) {
 	if err != nil {
 		return nil, err
 	}
-	at, phase := choose(entries, s.rng)
+	tear := s.lose == "" && s.rng.IntN(2) == 0
+	at, phase := choose(entries, s.rng, tear)
 	if s.lose != "" {
-		at = lastFlush(entries)
+		at, phase = lastFlush(entries), phaseUse
 	}
-	for at < len(entries) && entries[at].flags&logMark != 0 {
-		at++ // a mark is no write
-	}
+	at += marks(entries[at:])
 	torn := 0
-	if s.lose == "" && s.rng.IntN(2) == 0 {
+	if tear {
 		torn = unflushed(entries[at:])
 	}
 	flushes, record := promises(entries[:at])
@@ -49,8 +48,9 @@ func (s *session) fallBack() ([][]uint32, error) {
 	return s.allowed(flushes), nil
 }
 
-// choose returns where to stop: behind a flush or FUA write of a random phase.
-func choose(entries []entry, rng *rand.Rand) (int, string) {
+// choose returns where to stop: behind a flush or FUA write of a random phase,
+// with writes that may be torn next to it where that is asked for.
+func choose(entries []entry, rng *rand.Rand, tear bool) (int, string) {
 	type place struct {
 		at    int
 		phase string
@@ -62,7 +62,8 @@ func choose(entries []entry, rng *rand.Rand) (int, string) {
 			phase = name
 			byPhase = append(byPhase, nil)
 		}
-		if e.stop() && len(byPhase) > 0 {
+		next := entries[i+1:]
+		if e.stop() && len(byPhase) > 0 && (!tear || unflushed(next[marks(next):]) > 0) {
 			last := len(byPhase) - 1
 			byPhase[last] = append(byPhase[last], place{i + 1, phase})
 		}
@@ -79,6 +80,16 @@ func choose(entries []entry, rng *rand.Rand) (int, string) {
 	places := some[rng.IntN(len(some))]
 	p := places[rng.IntN(len(places))]
 	return p.at, p.phase
+}
+
+// marks counts the marks that come next: they are no writes.
+func marks(entries []entry) int {
+	for i, e := range entries {
+		if e.flags&logMark == 0 {
+			return i
+		}
+	}
+	return len(entries)
 }
 
 // unflushed counts the writes that came next and that nothing had flushed yet:

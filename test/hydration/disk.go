@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -89,7 +88,7 @@ func (d *disk) table(up bool) dm.Target {
 
 // cut makes the device take all further writes and forget them.
 func (d *disk) cut() error {
-	return errors.Join(dm.Load(diskName, d.table(false), false), dm.Suspend(diskName), dm.Resume(diskName))
+	return errors.Join(dm.Load(diskName, []dm.Target{d.table(false)}, false), dm.Suspend(diskName), dm.Resume(diskName))
 }
 
 // mark puts a word into the log, behind everything that was acknowledged.
@@ -97,7 +96,7 @@ func (d *disk) mark(text string) error {
 	if d.kind != kindLog {
 		return nil
 	}
-	return message(diskName, "mark "+text)
+	return dm.Message(diskName, "mark "+text)
 }
 
 // close takes everything away but the files.
@@ -188,29 +187,6 @@ func create(name string, t dm.Target) error {
 	cmd := exec.Command("dmsetup", "create", name, "--table", fmt.Sprintf("%d %d %s %s", t.Start, t.Length, t.Type, t.Params))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("dmsetup create %s: %w: %s", name, err, out)
-	}
-	return nil
-}
-
-// message sends a message to the first target of a mapping. Starting dmsetup
-// for each would take longer than all writes together.
-func message(name, text string) error {
-	control, err := os.OpenFile("/dev/mapper/control", os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer control.Close()
-	const sectorField = 8 // struct dm_target_msg: the sector, then the text
-	size := unix.SizeofDmIoctl + sectorField + len(text) + 1
-	words := make([]uint64, size/8+1)
-	buf := unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), len(words)*8)
-	head := (*unix.DmIoctl)(unsafe.Pointer(&words[0]))
-	head.Version = [3]uint32{unix.DM_VERSION_MAJOR, 0, 0}
-	head.Data_size, head.Data_start = uint32(len(buf)), unix.SizeofDmIoctl
-	copy(head.Name[:], name)
-	copy(buf[unix.SizeofDmIoctl+sectorField:], text)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), unix.DM_TARGET_MSG, uintptr(unsafe.Pointer(head))); errno != 0 {
-		return fmt.Errorf("message %q to mapping %s: %w", text, name, errno)
 	}
 	return nil
 }

@@ -113,7 +113,7 @@ func (l *life) die(kind string) error {
 	} else {
 		l.dek = s.records[len(s.records)-1]
 		allowed = s.allowed(len(s.flushes()))
-		l.said("flakey: cut in %s after %d flushes", s.phase, len(s.flushes()))
+		l.said("flakey: cut in %s after %d flushes", s.cutAt, len(s.flushes()))
 	}
 	if err != nil {
 		return err

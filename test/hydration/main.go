@@ -38,7 +38,7 @@ func layout(wiped bool) string {
 	if wiped {
 		return ""
 	}
-	return "clone" // dek.LayoutClone
+	return dek.LayoutClone
 }
 
 func main() {

@@ -30,6 +30,9 @@ const (
 // maxWait is the longest that anything here may take, on a slow machine.
 const maxWait = 2 * time.Minute
 
+// errOff ends a session whose power was cut.
+var errOff = errors.New("power is off")
+
 // A session is what happens to a volume between two boots: it is opened, used,
 // hydrated, finished, closed, until power is cut.
 type session struct {
@@ -47,6 +50,7 @@ type session struct {
 	cutIn   string
 	cutWhen float64 // after which part of the usual time of that phase
 	off     atomic.Bool
+	cutAt   string // the phase in which it went
 	cutErr  error
 	phase   string
 	began   time.Time
@@ -74,6 +78,9 @@ func (l *life) begin(kind string) (*session, error) {
 // enter notes that a phase begins, in the log, and in a session that is to be
 // cut in it sets the time.
 func (s *session) enter(phase string) error {
+	if s.off.Load() {
+		return errOff
+	}
 	if s.phase != "" {
 		s.usual[s.phase] = (s.usual[s.phase] + time.Since(s.began)) / 2
 	}
@@ -90,6 +97,7 @@ func (s *session) cut() {
 	if s.disk.kind != kindFlakey || !s.off.CompareAndSwap(false, true) {
 		return
 	}
+	s.cutAt = s.phase
 	s.cutErr = s.disk.cut()
 	s.stop()
 }
@@ -156,9 +164,6 @@ func (s *session) confirm(m cryptmapper.Mapping) error {
 // notDiscarding holds the mapping to it that nobody can discard: dm-clone would
 // take what is discarded for hydrated.
 func (s *session) notDiscarding() error {
-	if s.wiped {
-		return nil
-	}
 	text, err := os.ReadFile(s.queue("discard_max_bytes"))
 	if err == nil && strings.TrimSpace(string(text)) != "0" {
 		err = fmt.Errorf("the mapping takes discards of %s bytes", strings.TrimSpace(string(text)))
@@ -174,7 +179,7 @@ func (s *session) queue(name string) string {
 
 // status of dm-clone; nothing is to hydrate where there is none.
 func (s *session) status() (hydrated, regions int, err error) {
-	lines, err := dm.TargetStatus(s.v.Name + "_clone")
+	lines, err := dm.TargetStatus(cryptmapper.CloneName(s.v.Name))
 	if errors.Is(err, dm.ErrNotFound) {
 		return 0, 0, nil
 	}
@@ -212,6 +217,9 @@ func (s *session) finish() error {
 	}
 	if err := s.enter(phaseFinish); err != nil {
 		return err
+	}
+	if s.wiped {
+		return nil
 	}
 	var m cryptmapper.Mapping
 	err := s.insist(func(ctx context.Context) (err error) {
@@ -266,7 +274,7 @@ func (s *session) live() error {
 		if err := s.use(5 + s.rng.IntN(50)); err != nil {
 			return err
 		}
-		if s.rng.IntN(3) == 0 {
+		if s.rng.IntN(3) == 0 || s.cutIn == phaseFinish {
 			if err := s.finish(); err != nil {
 				return err
 			}

@@ -53,6 +53,9 @@ func (s *session) use(rounds int) error {
 	}
 	defer f.close()
 	for range rounds {
+		if s.off.Load() {
+			return errOff
+		}
 		var wg sync.WaitGroup
 		errs := make([]error, writers+1)
 		for i := range writers {
