@@ -23,7 +23,7 @@ func need(t *testing.T) config {
 // A volume whose power is cut loses nothing that was promised. (make
 // kill-hydration does more of it.)
 func TestKernelPowerIsCut(t *testing.T) {
-	for _, wiped := range []bool{true} {
+	for _, wiped := range []bool{false, true} {
 		c := need(t)
 		c.wiped, c.n, c.seed, c.kinds = wiped, 5, 1, []string{kindLog, kindFlakey}
 		if err := run(t.Context(), c); err != nil {
@@ -36,7 +36,7 @@ func TestKernelPowerIsCut(t *testing.T) {
 func TestKernelLostFlush(t *testing.T) {
 	for _, tt := range []struct{ kind, lose string }{{kindLog, loseStack}, {kindLog, loseDisk}, {kindFlakey, loseStack}} {
 		t.Run(tt.kind+","+tt.lose, func(t *testing.T) {
-			for _, wiped := range []bool{true} {
+			for _, wiped := range []bool{false, true} {
 				c := need(t)
 				l, err := newLife(1, c.dir, c.worker, wiped)
 				if err != nil {
