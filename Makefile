@@ -128,6 +128,12 @@ gcepd: build gcepd-build ## csi-sanity over csi-plugin and the real driver of Go
 bench: build ## staging against the same done by hand, on one kernel; not a test
 	@bin/vm -mem 4G -timeout 30m -- bin/bench
 
+.PHONY: bench-integrity
+bench-integrity: build ## volumes with integrity: until they are usable, how fast they are, what each choice costs (about an hour; BENCH=-parts=…)
+	$(GOBUILD) -o bin/benchintegrity ./test/benchintegrity
+	@mkdir -p .cache/bench
+	@bin/vm -mem 6G -timeout 3h -rw .cache/bench -- bin/benchintegrity -out=$(CURDIR)/.cache/bench/integrity.json $(BENCH)
+
 .PHONY: bench-keys
 bench-keys: build ## the key service against an empty gRPC echo, a keyring, and a connection for each request; a storm of 1000 nodes
 	CGO_ENABLED=0 $(GOBUILD) -o bin/benchkeys ./test/benchkeys

@@ -1,0 +1,3 @@
+package main
+
+func drawAll(from, docs string) error { return nil }

@@ -1,0 +1,141 @@
+// Command benchintegrity measures, on a kernel with device-mapper, volumes with
+// integrity against themselves in other states, against cryptsetup, and against
+// what others do: how long a new one takes until it can be used, how fast each
+// is, and what each choice below costs. It prints tables with ratios and what
+// became of the aims. Every figure is a comparison within one run on one
+// kernel; none is a test. With -draw it draws a former run's figures instead.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
+)
+
+func main() {
+	rounds := flag.Int("rounds", 9, "how often each comparison is made")
+	length := flag.Duration("time", 400*time.Millisecond, "how long a workload runs")
+	size := flag.Int64("size", 512, "MiB of the volumes whose speed is measured")
+	sizes := flag.String("sizes", "1,16,64,256", "GiB of the new volumes")
+	parts := flag.String("parts", "ready,speed,staging,flags,choices,regions,area", "what to measure")
+	out := flag.String("out", "", "write the figures to this `file`")
+	draw := flag.String("draw", "", "draw the figures of this `file` into the directory of docs, and measure nothing")
+	docs := flag.String("docs", "docs", "directory of performance.md and performance.svg")
+	flag.Parse()
+	var err error
+	if *draw != "" {
+		err = drawAll(*draw, *docs)
+	} else {
+		b := &bench{ctx: context.Background(), rounds: *rounds, time: *length, size: *size * mib}
+		for s := range strings.SplitSeq(*sizes, ",") {
+			n, e := strconv.ParseInt(s, 10, 64)
+			err = errors.Join(err, e)
+			b.sizes = append(b.sizes, n*gib)
+		}
+		if err == nil {
+			err = b.run(strings.Split(*parts, ","), *out, os.Stdout)
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "benchintegrity: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+type bench struct {
+	ctx     context.Context
+	rounds  int
+	time    time.Duration
+	size    int64
+	sizes   []int64
+	dir     string
+	bin     string
+	mapper  *cryptmapper.Mapper
+	buf     []byte
+	results results
+}
+
+// run measures the parts, prints the tables after each, and keeps the figures
+// of those that came to their end.
+func (b *bench) run(parts []string, out string, w io.Writer) (err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	b.bin = filepath.Dir(self)
+	if b.dir, err = os.MkdirTemp("/dev/shm", "cryptcsi-bench-"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
+	b.mapper = cryptmapper.New(cryptmapper.Options{Worker: []string{filepath.Join(b.bin, "crypt-worker")}, Warm: 1, LockDir: filepath.Join(b.dir, "locks")})
+	defer b.mapper.Shutdown()
+	if b.buf, err = aligned(mib); err != nil {
+		return err
+	}
+	b.results.Kernel, b.results.Date = kernelRelease(), time.Now().UTC().Format(time.DateOnly)
+	for _, p := range []struct {
+		name string
+		do   func() error
+	}{{"ready", b.ready}, {"speed", b.speed}, {"staging", b.staging}, {"flags", b.cryptFlags}, {"choices", b.choices}, {"regions", b.regions}, {"area", b.area}} {
+		if !slices.Contains(parts, p.name) {
+			continue
+		}
+		took, err := timed(p.do)
+		if err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+		fmt.Fprintf(w, "# %s: measured in %v\n", p.name, took.Round(time.Second))
+		if out != "" {
+			if err := b.results.save(out); err != nil {
+				return err
+			}
+		}
+	}
+	return b.results.print(w)
+}
+
+func kernelRelease() string {
+	var u unix.Utsname
+	_ = unix.Uname(&u)
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+// print prints all tables and the aims.
+func (r *results) print(w io.Writer) error {
+	for _, t := range tables() {
+		if err := r.table(w, t.title, t.part, t.base); err != nil {
+			return err
+		}
+	}
+	return r.bars(w)
+}
+
+// tables in the order in which they are shown, each with what the ratios in
+// brackets are to.
+func tables() []struct{ part, title, base string } {
+	return []struct{ part, title, base string }{
+		{partReady, "A new volume, from Open until it can be used (ratio: to what was done before)", wipedNew},
+		{partMkfs, "Of that, making the filesystem (ratio: to the same where all that it writes has its tags)", oursAgain},
+		{partStage, "A new volume, from NodeStageVolume until it answers (ratio: to the smallest)", ""},
+		{partSpeed, "Speed (ratio: to a volume that was wiped in full)", wiped},
+		{partLatency, "Of that, the time that 99 of 100 requests stay below (ratio: likewise)", wiped},
+		{partDuring, "Speed through csi-plugin, which stops hydrating while there is I/O (ratio: to one that is finished)", duringDone},
+		{partHydration, "Hydration by itself", ""},
+		{partFlags, "dm-crypt's flags (ratio: to none)", flagsNone},
+		{partChoices, "dm-integrity's choices (ratio: to what volumes have)", choiceOurs},
+		{partArea, "dm-clone's metadata by size of regions, made and loaded again (ratio: to 4 KiB)", "4 KiB"},
+		{partRegions, "Regions of dm-clone that are not hydrated (ratio: to no dm-clone)", regionNone},
+	}
+}
