@@ -131,8 +131,8 @@ bench: build ## staging against the same done by hand, on one kernel; not a test
 .PHONY: bench-integrity
 bench-integrity: build ## volumes with integrity: until they are usable, how fast they are, what each choice costs (about an hour; BENCH=-parts=…)
 	$(GOBUILD) -o bin/benchintegrity ./test/benchintegrity
-	@mkdir -p .cache/bench
-	@bin/vm -mem 6G -timeout 3h -rw .cache/bench -- bin/benchintegrity -out=$(CURDIR)/.cache/bench/integrity.json $(BENCH)
+	@bin/benchintegrity -host -clock=$(CURDIR)/.cache/bench/clock -- bin/vm -mem 6G -timeout 3h -rw .cache/bench -- \
+		bin/benchintegrity -clock=$(CURDIR)/.cache/bench/clock -out=$(CURDIR)/.cache/bench/integrity.json $(BENCH)
 
 .PHONY: bench-keys
 bench-keys: build ## the key service against an empty gRPC echo, a keyring, and a connection for each request; a storm of 1000 nodes

@@ -17,6 +17,21 @@ type bar struct {
 	note   string
 }
 
+// what was aimed at, and with what it was compared.
+func (b bar) what() string {
+	if b.note == "" {
+		return b.aim
+	}
+	return b.aim + " (" + b.note + ")"
+}
+
+func (b bar) wanted() string {
+	if b.most {
+		return fmt.Sprintf("at most %.2f", b.limit)
+	}
+	return fmt.Sprintf("at least %.2f", b.limit)
+}
+
 func (b bar) verdict() string {
 	if b.most && b.figure <= b.limit || !b.most && b.figure >= b.limit {
 		return "reached"
@@ -24,20 +39,15 @@ func (b bar) verdict() string {
 	return "NOT REACHED"
 }
 
+// allBars are the aims of which there are figures.
+func (r *results) allBars() []bar { return slices.Concat(r.readyBars(), r.speedBars()) }
+
 // bars prints the aims.
 func (r *results) bars(w io.Writer) error {
-	all := slices.Concat(r.readyBars(), r.speedBars())
-	if len(all) == 0 {
-		return nil
-	}
 	fmt.Fprintln(w, "\nThe aims")
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	for _, b := range all {
-		sign := "≥"
-		if b.most {
-			sign = "≤"
-		}
-		fmt.Fprintf(t, "%s\t%.2f\t%s %.2f\t%s\t%s\n", b.aim, b.figure, sign, b.limit, b.verdict(), b.note)
+	for _, b := range r.allBars() {
+		fmt.Fprintf(t, "%s\t%.2f\t%s\t%s\n", b.what(), b.figure, b.wanted(), b.verdict())
 	}
 	return t.Flush()
 }

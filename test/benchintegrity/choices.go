@@ -139,15 +139,18 @@ func (b *bench) hydration(i *image, variants []variant) error {
 
 // watch sees how many regions dm-clone hydrates in a while.
 func (b *bench) watch(t *tower, path, name string) error {
-	began := time.Now()
-	first, _, err := cloneStatus(path)
-	if err != nil {
+	var hydrated int
+	took, err := b.timed(func() error {
+		first, _, err := cloneStatus(path)
+		if err != nil {
+			return err
+		}
+		time.Sleep(3 * b.time)
+		last, _, err := cloneStatus(path)
+		hydrated = last - first
 		return err
-	}
-	time.Sleep(3 * b.time)
-	last, _, err := cloneStatus(path)
-	rate := float64(last-first) * 4 / 1024 / time.Since(began).Seconds()
-	b.results.add(partHydration, "alone", name, "MiB/s", rate, "")
+	})
+	b.results.add(partHydration, "alone", name, "MiB/s", float64(hydrated)*4/1024/took.Seconds(), "")
 	return err
 }
 
@@ -179,7 +182,7 @@ func (b *bench) areaOf(size, region int64) (err error) {
 		return err
 	}
 	var clone string
-	took, err := timed(func() (err error) { clone, err = t.clone(path, sectors, region, paused); return err })
+	took, err := b.timed(func() (err error) { clone, err = t.clone(path, sectors, region, paused); return err })
 	if err != nil {
 		return err
 	}
@@ -193,7 +196,7 @@ func (b *bench) areaOf(size, region int64) (err error) {
 		return err
 	}
 	t.names = t.names[:len(t.names)-1]
-	took, err = timed(func() error {
+	took, err = b.timed(func() error {
 		_, err := t.add("clone", "clone", table[0].Params, int64(table[0].Length))
 		return err
 	})

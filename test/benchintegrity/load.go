@@ -24,9 +24,8 @@ func workloads() []string { return []string{seqWrite, seqRead, randWrite, randRe
 
 // speed is what a workload came to.
 type speed struct {
-	rate float64 // MiB or requests a second
-	p50  time.Duration
-	p99  time.Duration
+	rate   float64       // MiB or requests a second
+	median time.Duration // of a request, by the clock on the wall
 }
 
 // unit of a workload's rate.
@@ -38,7 +37,7 @@ func unit(workload string) string {
 }
 
 // load runs a workload on a device for a while, no place twice.
-func load(path, workload string, length time.Duration, buf []byte) (speed, error) {
+func (c *clock) load(path, workload string, length time.Duration, buf []byte) (speed, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT, 0)
 	if err != nil {
 		return speed{}, err
@@ -54,23 +53,26 @@ func load(path, workload string, length time.Duration, buf []byte) (speed, error
 	}
 	b := buf[:chunk]
 	var times []time.Duration
-	began := time.Now()
-	for i := int64(0); i < size/chunk && time.Since(began) < length; i++ {
-		at := i
-		if order != nil {
-			at = int64(order[i])
+	took, err := c.timed(func() error {
+		began := time.Now()
+		for i := int64(0); i < size/chunk && time.Since(began) < length; i++ {
+			at := i
+			if order != nil {
+				at = int64(order[i])
+			}
+			start := time.Now()
+			if err := request(file, workload, b, at*chunk); err != nil {
+				return fmt.Errorf("%s at %d: %w", workload, at*chunk, err)
+			}
+			times = append(times, time.Since(start))
 		}
-		start := time.Now()
-		if err := request(file, workload, b, at*chunk); err != nil {
-			return speed{}, fmt.Errorf("%s at %d: %w", workload, at*chunk, err)
-		}
-		times = append(times, time.Since(start))
+		return nil
+	})
+	if err != nil {
+		return speed{}, err
 	}
-	took := time.Since(began).Seconds()
-	s := speed{rate: float64(len(times)) / took}
 	slices.Sort(times)
-	s.p50, s.p99 = times[len(times)/2], times[len(times)*99/100]
-	return s, nil
+	return speed{rate: float64(len(times)) / took.Seconds(), median: times[len(times)/2]}, nil
 }
 
 func request(file *os.File, workload string, b []byte, at int64) error {

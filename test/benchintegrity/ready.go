@@ -45,11 +45,11 @@ func (b *bench) ready() error {
 func sized(size int64, fs string) string { return fmt.Sprintf("%d GiB %s", size/gib, fs) }
 
 // make makes a filesystem as the driver does.
-func (b *bench) make(path, fs string) (time.Duration, error) {
+func (b *bench) make(path, fs string, hydrating bool) (time.Duration, error) {
 	if fs == "block" {
 		return 0, nil
 	}
-	return timed(func() error { return driver.Linux{}.Make(b.ctx, path, fs) })
+	return b.timed(func() error { return driver.Linux{}.Make(b.ctx, path, fs, hydrating) })
 }
 
 func (b *bench) readyOurs(size int64, fs string) error {
@@ -71,9 +71,9 @@ func (b *bench) readyVolume(size int64, fs, subject string, spec dek.Spec, again
 	defer func() { err = errors.Join(err, i.remove()) }()
 	v := newVolume(b.mapper, i, spec)
 	var mkfs time.Duration
-	took, err := timed(func() error {
+	took, err := b.timed(func() error {
 		return v.up(b.ctx, func(path string) (err error) {
-			mkfs, err = b.make(path, fs)
+			mkfs, err = b.make(path, fs, again != "")
 			return err
 		})
 	})
@@ -89,7 +89,7 @@ func (b *bench) readyVolume(size int64, fs, subject string, spec dek.Spec, again
 	if again == "" {
 		return nil
 	}
-	mkfs, err = b.make(v.path(), fs)
+	mkfs, err = b.make(v.path(), fs, true)
 	b.results.add(partMkfs, sized(size, fs), again, "s", mkfs.Seconds(), "")
 	return err
 }
@@ -104,14 +104,14 @@ func (b *bench) readyWiped() (err error) {
 	}
 	defer func() { err = errors.Join(err, i.remove()) }()
 	v := newVolume(b.mapper, i, dek.Spec{Integrity: dek.IntegrityHMAC})
-	wipe, err := timed(func() error { return v.up(b.ctx, nil) })
+	wipe, err := b.timed(func() error { return v.up(b.ctx, nil) })
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.close(context.WithoutCancel(b.ctx))) }()
 	for _, fs := range []string{"block", "ext4", "xfs"} {
 		for range b.rounds {
-			mkfs, err := b.make(v.path(), fs)
+			mkfs, err := b.make(v.path(), fs, false)
 			if err != nil {
 				return err
 			}
@@ -137,7 +137,7 @@ func (b *bench) readyTrick() (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, i.remove()) }()
-	took, err := timed(func() error {
+	took, err := b.timed(func() error {
 		if err := cryptsetupFormat(i.device, passphrase(), "--integrity=hmac-sha256", "--integrity-no-wipe"); err != nil {
 			return err
 		}
@@ -172,10 +172,4 @@ func makeByTrick(path string) error {
 		return err
 	}
 	return command(nil, "mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0", path)
-}
-
-func timed(do func() error) (time.Duration, error) {
-	began := time.Now()
-	err := do()
-	return time.Since(began), err
 }

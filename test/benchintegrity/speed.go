@@ -14,7 +14,7 @@ import (
 // The subjects of the second part: the same volume in each of its states.
 const (
 	partSpeed   = "speed"
-	partLatency = "latency" // the 99th percentile of the same
+	partLatency = "latency" // half of the requests stay below
 
 	wiped      = "wiped"
 	unhydrated = "not hydrated"
@@ -57,13 +57,13 @@ func (b *bench) one(part, what string, s subject, workload string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.down()) }()
-	got, err := load(path, workload, b.time, b.buf)
+	got, err := b.load(path, workload, b.time, b.buf)
 	if err != nil {
 		return err
 	}
 	b.results.add(part, what, s.name, unit(workload), got.rate, "")
 	if part == partSpeed {
-		b.results.add(partLatency, what, s.name, "ms", got.p99.Seconds()*1000, "")
+		b.results.add(partLatency, what, s.name, "ms", got.median.Seconds()*1000, "")
 	}
 	if s.check != nil {
 		return s.check()
@@ -150,7 +150,7 @@ func (b *bench) finish(v *volume) error {
 	if err := v.Hydrate(v.v.Name, true); err != nil {
 		return err
 	}
-	took, err := timed(func() error { return b.hydrated(v) })
+	took, err := b.timed(func() error { return b.hydrated(v) })
 	if err != nil {
 		return err
 	}

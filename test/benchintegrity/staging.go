@@ -72,7 +72,7 @@ func (b *bench) stagingTime(s *stack.Stack) error {
 					if err != nil {
 						return err
 					}
-					took, err := timed(func() error { return v.Stage(b.ctx) })
+					took, err := b.timed(func() error { return v.Stage(b.ctx) })
 					if err := errors.Join(err, v.Unstage(b.ctx), v.Delete(b.ctx)); err != nil {
 						return err
 					}
@@ -91,7 +91,7 @@ func (b *bench) during(s *stack.Stack) error {
 	if err != nil {
 		return err
 	}
-	took, err := timed(func() error { return b.finishedBy(done) })
+	took, err := b.timed(func() error { return b.finishedBy(done) })
 	if err != nil {
 		return err
 	}
