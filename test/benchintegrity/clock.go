@@ -57,6 +57,18 @@ func (c *clock) timed(do func() error) (time.Duration, error) {
 	return end - began, errors.Join(err, e)
 }
 
+// settle waits until the guest has done what an earlier step left behind, or a
+// while. By the time on the wall nobody can tell, so it waits a moment.
+func (c *clock) settle() error {
+	for range 50 {
+		used, err := c.timed(func() error { time.Sleep(100 * time.Millisecond); return nil })
+		if err != nil || c.dir == "" || used < 10*time.Millisecond {
+			return err
+		}
+	}
+	return nil
+}
+
 // tick is the unit of CPU times in /proc/PID/stat.
 const tick = 10 * time.Millisecond
 

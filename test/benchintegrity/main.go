@@ -87,7 +87,7 @@ func (b *bench) run(parts []string, out string, w io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
-	b.mapper = cryptmapper.New(cryptmapper.Options{Worker: []string{filepath.Join(b.bin, "crypt-worker")}, Warm: 1, LockDir: filepath.Join(b.dir, "locks")})
+	b.mapper = cryptmapper.New(cryptmapper.Options{Worker: []string{filepath.Join(b.bin, "crypt-worker")}, LockDir: filepath.Join(b.dir, "locks")})
 	defer b.mapper.Shutdown()
 	if b.buf, err = aligned(mib); err != nil {
 		return err

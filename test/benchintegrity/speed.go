@@ -32,16 +32,19 @@ const (
 type subject struct {
 	name  string
 	up    func() (path string, err error)
+	begin func() error // just before a workload; may be nil
+	check func() error // just after; may be nil
 	down  func() error
-	check func() error // after a workload; may be nil
 }
 
-// compare runs every workload on every subject in turn.
+// compare runs every workload on every subject in turn, each time beginning with
+// another.
 // What it notes as done is the workload with a word more.
 func (b *bench) compare(part, more string, subjects []subject, workloads []string) error {
-	for range b.rounds {
+	for round := range b.rounds {
 		for _, workload := range workloads {
-			for _, s := range subjects {
+			for n := range subjects {
+				s := subjects[(n+round*3)%len(subjects)]
 				if err := b.one(part, workload+more, s, workload); err != nil {
 					return fmt.Errorf("%s, %s: %w", s.name, workload, err)
 				}
@@ -57,6 +60,14 @@ func (b *bench) one(part, what string, s subject, workload string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.down()) }()
+	if err := b.settle(); err != nil {
+		return err
+	}
+	if s.begin != nil {
+		if err := s.begin(); err != nil {
+			return err
+		}
+	}
 	got, err := b.load(path, workload, b.time, b.buf)
 	if err != nil {
 		return err
@@ -170,15 +181,10 @@ func (b *bench) fresh(name string, i *image, spec dek.Spec, hydrate bool) subjec
 				return "", err
 			}
 			v = newVolume(b.mapper, i, spec)
-			if err := v.up(b.ctx, nil); err != nil {
-				return "", err
-			}
-			if !hydrate {
-				return v.path(), nil
-			}
-			return v.path(), v.Hydrate(v.v.Name, true)
+			return v.path(), v.up(b.ctx, nil)
 		},
-		down: func() error { return v.close(context.WithoutCancel(b.ctx)) },
+		begin: func() error { return v.Hydrate(v.v.Name, hydrate) },
+		down:  func() error { return v.close(context.WithoutCancel(b.ctx)) },
 		check: func() error {
 			m, err := b.mapping(v)
 			if err == nil && hydrate && m.Hydrated == m.Regions {

@@ -108,8 +108,9 @@ func (b *bench) during(s *stack.Stack) error {
 				if err != nil {
 					return "", err
 				}
-				return v.Target, b.underWay(v)
+				return v.Target, nil
 			},
+			begin: func() error { return b.underWay(v) },
 			check: func() error {
 				m, err := b.behind(v)
 				if err == nil && m.Hydrated == m.Regions {
