@@ -164,7 +164,7 @@ func fill(path string, length int64) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Munmap(buf)
+	defer func() { _ = unix.Munmap(buf) }()
 	clear(buf)
 	for at := int64(0); at < length; at += mib {
 		if _, err := f.WriteAt(buf[:min(mib, length-at)], at); err != nil {

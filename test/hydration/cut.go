@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -177,8 +178,8 @@ func (s *session) loseFlush() error {
 
 // lastFlush returns where the mark of the last promise stands.
 func lastFlush(entries []entry) int {
-	for i := len(entries) - 1; i >= 0; i-- {
-		if strings.HasPrefix(entries[i].mark, "flush=") {
+	for i, e := range slices.Backward(entries) {
+		if strings.HasPrefix(e.mark, "flush=") {
 			return i
 		}
 	}

@@ -198,16 +198,3 @@ func (m *model) check(b []byte, sector int, allowed []uint32) (uint32, error) {
 	}
 	return version, nil
 }
-
-// writes returns how many sectors hold something else than zeros.
-func (m *model) writes() int {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	n := 0
-	for _, version := range m.acked {
-		if version != 0 {
-			n++
-		}
-	}
-	return n
-}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"maps"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -12,9 +13,7 @@ import (
 type cached struct{ platter, cache map[int][]byte }
 
 func (c *cached) flush() {
-	for i, b := range c.cache {
-		c.platter[i] = b
-	}
+	maps.Copy(c.platter, c.cache)
 	clear(c.cache)
 }
 
