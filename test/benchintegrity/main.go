@@ -29,7 +29,7 @@ func main() {
 	length := flag.Duration("time", time.Second, "how long a workload runs")
 	size := flag.Int64("size", 512, "MiB of the volumes whose speed is measured")
 	sizes := flag.String("sizes", "1,16,64,256", "GiB of the new volumes")
-	parts := flag.String("parts", "ready,speed,staging,flags,choices,regions,area", "what to measure")
+	parts := flag.String("parts", "ready,speed,staging,during,flags,choices,regions,area", "what to measure")
 	out := flag.String("out", "", "write the figures to this `file`")
 	clockAt := flag.String("clock", "", "`directory` by which the host tells the guest its CPU time; empty: measure by the time on the wall")
 	asHost := flag.Bool("host", false, "run the command that follows, and answer the clock of the guest that it boots")
@@ -96,7 +96,7 @@ func (b *bench) run(parts []string, out string, w io.Writer) (err error) {
 	for _, p := range []struct {
 		name string
 		do   func() error
-	}{{"ready", b.ready}, {"speed", b.speed}, {"staging", b.staging}, {"flags", b.cryptFlags}, {"choices", b.choices}, {"regions", b.regions}, {"area", b.area}} {
+	}{{"ready", b.ready}, {"speed", b.speed}, {"staging", b.staging}, {"during", b.during}, {"flags", b.cryptFlags}, {"choices", b.choices}, {"regions", b.regions}, {"area", b.area}} {
 		if !slices.Contains(parts, p.name) {
 			continue
 		}

@@ -165,11 +165,13 @@ func (b *bench) finish(v *volume) error {
 	if err != nil {
 		return err
 	}
-	b.results.add(partHydration, fmt.Sprintf("all of %d MiB", b.size/mib), "dm-clone alone", "MiB/s", float64(b.size/mib)/took.Seconds(), "")
+	b.results.add(partHydration, whole(b.size), "dm-clone alone", "MiB/s", float64(b.size/mib)/took.Seconds(), "")
 	m, err := v.Finish(b.ctx, v.v, v.dek)
 	v.confirm(m)
 	return err
 }
+
+func whole(size int64) string { return fmt.Sprintf("all of %d MiB", size/mib) }
 
 // fresh is a volume that is made anew for each workload.
 func (b *bench) fresh(name string, i *image, spec dek.Spec, hydrate bool) subject {

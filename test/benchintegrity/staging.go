@@ -28,8 +28,8 @@ const (
 	duringNow  = "hydrating"
 )
 
-// staging starts a node and measures what it does.
-func (b *bench) staging() (err error) {
+// withNode does something with a node.
+func (b *bench) withNode(do func(*stack.Stack) error) (err error) {
 	dir := filepath.Join(b.dir, "stack")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
@@ -42,13 +42,13 @@ func (b *bench) staging() (err error) {
 		if err != nil {
 			fmt.Fprintln(os.Stderr, s.Logs())
 		}
-		err = errors.Join(err, s.Stop())
+		err = errors.Join(err, s.Stop(), os.RemoveAll(dir))
 	}()
-	if err := b.stagingTime(s); err != nil {
-		return err
-	}
-	return b.during(s)
+	return do(s)
 }
+
+func (b *bench) staging() error { return b.withNode(b.stagingTime) }
+func (b *bench) during() error  { return b.withNode(b.duringHydration) }
 
 func (b *bench) create(s *stack.Stack, name string, size int64, fs string, integrity bool) (*stack.Volume, error) {
 	c := stack.BlockCapability()
@@ -84,9 +84,9 @@ func (b *bench) stagingTime(s *stack.Stack) error {
 	return nil
 }
 
-// during compares a volume that csi-plugin hydrates, new for each workload, with
+// duringHydration compares a volume that csi-plugin hydrates, new for each workload, with
 // one that it has finished.
-func (b *bench) during(s *stack.Stack) error {
+func (b *bench) duringHydration(s *stack.Stack) error {
 	done, err := b.raw(s, "done")
 	if err != nil {
 		return err
@@ -95,7 +95,7 @@ func (b *bench) during(s *stack.Stack) error {
 	if err != nil {
 		return err
 	}
-	b.results.add(partHydration, "alone", "by csi-plugin", "MiB/s", float64(b.size/mib)/took.Seconds(), "")
+	b.results.add(partHydration, whole(b.size), "by csi-plugin", "MiB/s", float64(b.size/mib)/took.Seconds(), "")
 	var v *stack.Volume
 	n := 0
 	subjects := []subject{
