@@ -153,6 +153,14 @@ func (t *tower) clone(path string, sectors, region int64, options string) (strin
 	return t.add("clone", "clone", fmt.Sprintf("%s %s %s %d %s", meta, below, zero, region/512, options), data)
 }
 
+// hydrate lets the clone on top hydrate, where the variant asks for it.
+func (t *tower) hydrate(v variant) error {
+	if !v.hydrate {
+		return nil
+	}
+	return dm.Message(t.names[len(t.names)-1], "enable_hydration")
+}
+
 // fill writes zeros.
 func fill(path string, length int64) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_DIRECT, 0)

@@ -33,6 +33,8 @@ type variant struct {
 	crypt  []string // dm-crypt's
 	region int64    // of dm-clone; 0 for none
 	clone  string   // dm-clone's options
+
+	hydrate bool // in the background
 }
 
 // kept compares stacks that stay up and are written once before.
@@ -106,12 +108,18 @@ func (b *bench) regions() (err error) {
 	for _, h := range []struct{ threshold, batch int }{{1, 1}, {1, 16}, {16, 16}, {256, 16}, {1024, 64}} {
 		variants = append(variants, variant{
 			name: fmt.Sprintf("4 KiB, hydrating, threshold %d, batch %d", h.threshold, h.batch), mode: "J", region: 4 << 10,
-			clone: fmt.Sprintf("1 no_discard_passdown 4 hydration_threshold %d hydration_batch_size %d", h.threshold, h.batch),
+			hydrate: true,
+			clone:   fmt.Sprintf("2 no_hydration no_discard_passdown 4 hydration_threshold %d hydration_batch_size %d", h.threshold, h.batch),
 		})
 	}
 	for _, v := range variants {
 		t := &tower{prefix: "bench-region"}
-		subjects = append(subjects, subject{name: v.name, up: func() (string, error) { return t.build(i, b.size, v) }, down: t.close})
+		subjects = append(subjects, subject{
+			name:  v.name,
+			up:    func() (string, error) { return t.build(i, b.size, v) },
+			begin: func() error { return t.hydrate(v) },
+			down:  t.close,
+		})
 	}
 	if err := b.compare(partRegions, "", subjects, []string{seqWrite, randWrite, fsyncWrite}); err != nil {
 		return err
@@ -122,11 +130,14 @@ func (b *bench) regions() (err error) {
 // hydration measures how fast each way of hydrating is when nothing else runs.
 func (b *bench) hydration(i *image, variants []variant) error {
 	for _, v := range variants {
-		if v.region == 0 || v.clone[0] != '1' {
+		if !v.hydrate {
 			continue
 		}
 		t := &tower{prefix: "bench-hydration"}
 		path, err := t.build(i, b.size, v)
+		if err == nil {
+			err = t.hydrate(v)
+		}
 		if err == nil {
 			err = b.watch(t, path, v.name)
 		}

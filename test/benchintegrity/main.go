@@ -52,7 +52,8 @@ func main() {
 			b.sizes = append(b.sizes, n*gib)
 		}
 		if err == nil {
-			err = b.run(strings.Split(*parts, ","), *out, os.Stdout)
+			b.out = *out
+			err = b.run(strings.Split(*parts, ","), os.Stdout)
 		}
 	}
 	if err != nil {
@@ -72,12 +73,13 @@ type bench struct {
 	bin     string
 	mapper  *cryptmapper.Mapper
 	buf     []byte
+	out     string
 	results results
 }
 
 // run measures the parts, prints the tables after each, and keeps the figures
 // of those that came to their end.
-func (b *bench) run(parts []string, out string, w io.Writer) (err error) {
+func (b *bench) run(parts []string, w io.Writer) (err error) {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -106,13 +108,19 @@ func (b *bench) run(parts []string, out string, w io.Writer) (err error) {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
 		fmt.Fprintf(w, "# %s: measured in %v\n", p.name, time.Since(began).Round(time.Second))
-		if out != "" {
-			if err := b.results.save(out); err != nil {
-				return err
-			}
+		if err := b.save(); err != nil {
+			return err
 		}
 	}
 	return b.results.print(w)
+}
+
+// save keeps what was measured so far.
+func (b *bench) save() error {
+	if b.out == "" {
+		return nil
+	}
+	return b.results.save(b.out)
 }
 
 func kernelRelease() string {

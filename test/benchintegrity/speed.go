@@ -49,6 +49,9 @@ func (b *bench) compare(part, more string, subjects []subject, workloads []strin
 					return fmt.Errorf("%s, %s: %w", s.name, workload, err)
 				}
 			}
+			if err := b.save(); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
