@@ -85,6 +85,7 @@ func host(ctx context.Context, dir string, command []string) error {
 	defer events.Close()
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) } // it stops the guest
 	if err := cmd.Start(); err != nil {
 		return err
 	}

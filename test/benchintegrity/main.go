@@ -13,10 +13,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -42,7 +44,9 @@ func main() {
 		err = drawAll(*draw, *docs)
 	case *asHost:
 		if err = clockDir(*clockAt); err == nil {
-			err = host(context.Background(), *clockAt, flag.Args())
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			err = host(ctx, *clockAt, flag.Args())
 		}
 	default:
 		b := &bench{clock: clock{dir: *clockAt}, ctx: context.Background(), rounds: *rounds, time: *length, size: *size * mib}

@@ -35,6 +35,7 @@ type subject struct {
 	begin func() error // just before a workload; may be nil
 	check func() error // just after; may be nil
 	down  func() error
+	busy  bool // it hydrates by itself from the begin: the guest does not settle
 }
 
 // compare runs every workload on every subject in turn, each time beginning with
@@ -63,8 +64,10 @@ func (b *bench) one(part, what string, s subject, workload string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.down()) }()
-	if err := b.settle(); err != nil {
-		return err
+	if !s.busy {
+		if err := b.settle(); err != nil {
+			return err
+		}
 	}
 	if s.begin != nil {
 		if err := s.begin(); err != nil {

@@ -101,7 +101,7 @@ func (b *bench) duringHydration(s *stack.Stack) error {
 	subjects := []subject{
 		{name: duringDone, up: func() (string, error) { return done.Target, nil }, down: func() error { return nil }},
 		{
-			name: duringNow,
+			name: duringNow, busy: true,
 			up: func() (path string, err error) {
 				n++
 				v, err = b.raw(s, fmt.Sprintf("new-%d", n))
