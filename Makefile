@@ -129,7 +129,7 @@ bench: build ## staging against the same done by hand, on one kernel; not a test
 	@bin/vm -mem 4G -timeout 30m -- bin/bench
 
 .PHONY: bench-integrity
-bench-integrity: build ## volumes with integrity: until they are usable, how fast they are, what each choice costs (about an hour; BENCH=-parts=…)
+bench-integrity: build ## volumes with integrity: until they are usable, how fast they are, what each choice costs (about half an hour; BENCH=-parts=…)
 	$(GOBUILD) -o bin/benchintegrity ./test/benchintegrity
 	@bin/benchintegrity -host -clock=$(CURDIR)/.cache/bench/clock -- bin/vm -mem 6G -timeout 3h -rw .cache/bench -- \
 		bin/benchintegrity -clock=$(CURDIR)/.cache/bench/clock -out=$(CURDIR)/.cache/bench/integrity.json $(BENCH)

@@ -16,11 +16,15 @@ const (
 	figuresEnd   = "<!-- end of figures -->"
 )
 
-// drawAll puts the figures of a run into performance.md, and its plot beside it.
+// drawAll puts the figures of one or more runs of different parts into performance.md, and its plot beside it.
 func drawAll(from, docs string) error {
-	r, err := loadResults(from)
-	if err != nil {
-		return err
+	r := &results{}
+	for path := range strings.SplitSeq(from, ",") {
+		more, err := loadResults(path)
+		if err != nil {
+			return err
+		}
+		r.Kernel, r.Date, r.All = more.Kernel, more.Date, append(r.All, more.All...)
 	}
 	path := filepath.Join(docs, "performance.md")
 	text, err := os.ReadFile(path)

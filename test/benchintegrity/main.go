@@ -35,7 +35,7 @@ func main() {
 	out := flag.String("out", "", "write the figures to this `file`")
 	clockAt := flag.String("clock", "", "`directory` by which the host tells the guest its CPU time; empty: measure by the time on the wall")
 	asHost := flag.Bool("host", false, "run the command that follows, and answer the clock of the guest that it boots")
-	draw := flag.String("draw", "", "draw the figures of this `file` into the directory of docs, and measure nothing")
+	draw := flag.String("draw", "", "draw the figures of these `files` (separated by commas) into the directory of docs, and measure nothing")
 	docs := flag.String("docs", "docs", "directory of performance.md and performance.svg")
 	flag.Parse()
 	var err error
