@@ -52,7 +52,8 @@ func (r *results) markdown() string {
 		if len(whats) == 0 {
 			continue
 		}
-		fmt.Fprintf(&w, "**%s**\n\n| | %s |\n|---%s|\n", t.title, strings.Join(subjects, " | "), strings.Repeat("|---", len(subjects)))
+		first, _ := r.find(t.part, whats[0], subjects[0])
+		fmt.Fprintf(&w, "**%s; %d rounds**\n\n| | %s |\n|---%s|\n", t.title, len(first.Values), strings.Join(subjects, " | "), strings.Repeat("|---", len(subjects)))
 		for _, what := range whats {
 			fmt.Fprintf(&w, "| %s |", what)
 			for _, s := range subjects {
