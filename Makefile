@@ -111,6 +111,7 @@ crash: build ## kill worker and guest at every step of a volume's first life (ma
 sequences: install ## whatever sequences of CSI calls an orchestrator may make, against a model (SEED=1 N=10000, FIRST=0)
 	SEQUENCES_SEED=$(or $(SEED),1) SEQUENCES_N=$(or $(N),10000) SEQUENCES_FIRST=$(or $(FIRST),0) \
 		go test -count=1 -timeout 2h -v -run '^TestSequences$$' ./driver | grep -vE '^=== '
+
 .PHONY: kill-hydration
 kill-hydration: build ## cut the power of hydrating integrity volumes N=200 times (SEED=1; make test: a sample)
 	$(GOBUILD) -o bin/hydration ./test/hydration

@@ -20,7 +20,7 @@ func bugs() []bug {
 			return rawHost{h, w.nodes[node]}
 		}},
 		{name: "KEY: every volume has the first one's key", keys: func(k driver.Keys) driver.Keys { return &oneKey{Keys: k} }},
-		{name: "KEY: the format is never confirmed", keys: func(k driver.Keys) driver.Keys { return unconfirmed{k} }},
+		{name: "KEY: the format is never confirmed", keys: func(k driver.Keys) driver.Keys { return neverConfirmed{k} }},
 		{name: "DELETE: a deleted volume keeps its key", ctl: func(k driver.ControllerKeys) driver.ControllerKeys { return undeleted{k} }},
 		{name: "CONVERGE: a copy has a record like a new volume", ctl: func(k driver.ControllerKeys) driver.ControllerKeys { return uncloned{k} }},
 		{name: "RULE: mappings stay", mapper: func(m driver.Mapper) driver.Mapper { return unclosed{m} }},
@@ -59,9 +59,9 @@ func (k *oneKey) GetDEK(ctx context.Context, id dek.ID) (dek.DEK, error) {
 	return d, err
 }
 
-type unconfirmed struct{ driver.Keys }
+type neverConfirmed struct{ driver.Keys }
 
-func (unconfirmed) ConfirmDEK(context.Context, dek.ID, dek.HeaderID) error { return nil }
+func (neverConfirmed) ConfirmDEK(context.Context, dek.ID, dek.HeaderID) error { return nil }
 
 type undeleted struct{ driver.ControllerKeys }
 
