@@ -264,12 +264,14 @@ func (d *Driver) Register(s grpc.ServiceRegistrar) {
 }
 
 // ServerOptions make the server forward what the driver does not answer itself
-// to the wrapped driver. Node methods that we do not know are not forwarded:
-// they may be about the raw device.
+// to the wrapped driver. Of CSI's services that is Controller alone: Node methods
+// that we do not know may be about the raw device, group snapshots would have no
+// record to be restored by, and snapshot metadata tells where blocks of the disk
+// have changed and not of the volume.
 func (d *Driver) ServerOptions() []grpc.ServerOption {
 	return grpcproxy.ServerOptions(d.cfg.Wrapped, func(method string) bool {
 		service, _, _ := strings.Cut(strings.TrimPrefix(method, "/"), "/")
-		return !strings.HasPrefix(service, "csi.") || !strings.HasSuffix(service, ".Node")
+		return !strings.HasPrefix(service, "csi.") || service == csi.Controller_ServiceDesc.ServiceName
 	})
 }
 

@@ -377,11 +377,13 @@ func TestWhatIsForwarded(t *testing.T) {
 	_, err = csi.NewControllerClient(conn).ControllerModifyVolume(t.Context(), &csi.ControllerModifyVolumeRequest{})
 	m.refused("what the wrapped driver lacks", err, codes.Unimplemented, "ControllerModifyVolume")
 	for method, ours := range map[string]bool{
-		"/csi.v1.Node/NodeFromTheFuture":           true, // not forwarded
-		"/csi.v2.Node/NodeStageVolume":             true,
-		"/csi.v1.Identity/FromTheFuture":           false,
-		"/csi.v1.GroupController/FromTheFuture":    false,
-		"/other.example.Service/SomethingOfTheirs": false,
+		"/csi.v1.Node/NodeFromTheFuture":                             true, // not forwarded
+		"/csi.v2.Node/NodeStageVolume":                               true,
+		"/csi.v1.Identity/FromTheFuture":                             true,
+		csi.GroupController_CreateVolumeGroupSnapshot_FullMethodName: true,
+		csi.SnapshotMetadata_GetMetadataAllocated_FullMethodName:     true,
+		"/csi.v1.Controller/FromTheFuture":                           false,
+		"/other.example.Service/SomethingOfTheirs":                   false,
 	} {
 		err := conn.Invoke(t.Context(), method, &emptypb.Empty{}, &emptypb.Empty{})
 		words := "is not implemented" // ours

@@ -238,7 +238,11 @@ func (m Mapper) MarkMade(ctx context.Context, v driver.Volume, d dek.DEK) (drive
 // Resize is driver.Mapper's.
 func (m Mapper) Resize(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Mapping, error) {
 	return m.update(ctx, v, d, func(t *table, h *header) error {
-		if size := t.disk.size - dataOffset; size > h.Size {
+		size := t.disk.size - dataOffset
+		if h.Spec.Layout == dek.LayoutClone {
+			size -= driver.CloneArea(size)
+		}
+		if size > h.Size {
 			h.Size = size
 			h.Sequence++
 		}
