@@ -633,36 +633,43 @@ func TestKernelOverhead(t *testing.T) {
 	if err := os.WriteFile(key, []byte(strings.Repeat("k", 32)), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	for _, spec := range specs() {
+		for _, size := range []int64{1 * mib, 15 * mib, 16 * mib, 16*mib + 4096, 64 * mib, 100*mib + 512, 1 << 30, 7<<30 + 12345*4096, 8 << 30, 100 << 30, 256 << 30, 256<<30 + 4096, 1 << 40, 5 << 40} {
+			// A device of its own each time, that is gone before the next.
+			t.Run(fmt.Sprintf("%s %s %d", spec.Integrity, spec.Layout, size), func(t *testing.T) { overhead(t, key, spec, size) })
+		}
+	}
+}
+
+// overhead lets cryptsetup make a device of the size that is asked of the cloud
+// for a volume, and compares what it gives with what was asked for.
+func overhead(t *testing.T, key string, spec dek.Spec, size int64) {
 	cryptsetup := func(args ...string) {
 		t.Helper()
 		if out, err := exec.CommandContext(t.Context(), "cryptsetup", args...).CombinedOutput(); err != nil {
 			t.Fatalf("cryptsetup %v: %v\n%s", args, err, out)
 		}
 	}
-	for _, spec := range specs() {
-		for _, size := range []int64{1 * mib, 15 * mib, 16 * mib, 16*mib + 4096, 64 * mib, 100*mib + 512, 1 << 30, 7<<30 + 12345*4096, 8 << 30, 100 << 30, 256 << 30, 256<<30 + 4096, 1 << 40, 5 << 40} {
-			device := kernel.Loop(t, (driver.DeviceSize(size, spec)+4095)/4096*4096)
-			args := []string{"luksFormat", "-q", "--type=luks2", "--cipher=aes-xts-plain64", "--sector-size=4096", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--key-file=" + key}
-			if spec.Integrity != dek.IntegrityNone {
-				args = append(args, "--integrity="+string(spec.Integrity), "--integrity-no-wipe")
-			}
-			cryptsetup(append(args, device)...)
-			cryptsetup("open", "--key-file="+key, device, "overhead")
-			mapped, err := driver.Linux{}.Device("/dev/mapper/overhead")
-			cryptsetup("close", "overhead")
-			if err != nil {
-				t.Fatal(err)
-			}
-			if spec.Layout == dek.LayoutClone {
-				mapped.Size -= driver.CloneArea(mapped.Size)
-			}
-			t.Logf("%+v: %d bytes asked for, %d usable, %d more", spec, size, mapped.Size, mapped.Size-size)
-			if mapped.Size < size || mapped.Size < driver.UsableSize(driver.DeviceSize(size, spec), spec)/4096*4096 {
-				t.Errorf("%+v: %d bytes were asked for, %d are there", spec, size, mapped.Size)
-			}
-			if mapped.Size > max(size, 4*mib)+16*mib+size/500 || spec.Layout == "" && mapped.Size > max(size, 4*mib)+3*mib+size/500 {
-				t.Errorf("%+v: %d bytes were asked for, %d are there", spec, size, mapped.Size)
-			}
-		}
+	device := kernel.Loop(t, (driver.DeviceSize(size, spec)+4095)/4096*4096)
+	args := []string{"luksFormat", "-q", "--type=luks2", "--cipher=aes-xts-plain64", "--sector-size=4096", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--key-file=" + key}
+	if spec.Integrity != dek.IntegrityNone {
+		args = append(args, "--integrity="+string(spec.Integrity), "--integrity-no-wipe")
+	}
+	cryptsetup(append(args, device)...)
+	cryptsetup("open", "--key-file="+key, device, "overhead")
+	mapped, err := driver.Linux{}.Device("/dev/mapper/overhead")
+	cryptsetup("close", "overhead")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if spec.Layout == dek.LayoutClone {
+		mapped.Size -= driver.CloneArea(mapped.Size)
+	}
+	t.Logf("%d bytes usable, %d more than asked for", mapped.Size, mapped.Size-size)
+	if mapped.Size < size || mapped.Size < driver.UsableSize(driver.DeviceSize(size, spec), spec)/4096*4096 {
+		t.Errorf("%d bytes were asked for, %d are there", size, mapped.Size)
+	}
+	if mapped.Size > max(size, 4*mib)+16*mib+size/500 || spec.Layout == "" && mapped.Size > max(size, 4*mib)+3*mib+size/500 {
+		t.Errorf("%d bytes were asked for, %d are there", size, mapped.Size)
 	}
 }

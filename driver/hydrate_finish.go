@@ -64,8 +64,8 @@ func (h *hydrator) finished(ctx context.Context, e *hydrating, err error) {
 
 // finish makes a volume that is hydrated an ordinary one, and confirms that.
 // The volume's lock is held for the work on the mapping alone, not while
-// anything is asked over the network: NodeUnstageVolume gets Aborted then, as
-// it does beside any other call. Cut anywhere, the same call again finishes it;
+// anything is asked over the network: other calls wait for that a little, and are
+// Aborted where it takes longer. Cut anywhere, the same call again finishes it;
 // what was not confirmed when the volume is unstaged is by the next stage.
 func (d *Driver) finish(ctx context.Context, v volume) error {
 	st, err := d.load(v)
@@ -98,7 +98,7 @@ func (d *Driver) finish(ctx context.Context, v volume) error {
 // finishMapping does the part that changes the mapping. ErrNotFound where the
 // volume is not staged any more.
 func (d *Driver) finishMapping(ctx context.Context, v volume, id dek.ID, key dek.DEK) (Mapping, error) {
-	unlock, err := d.locks.try(v.id)
+	unlock, err := d.locks.tryOwn(v.id)
 	if err != nil {
 		return Mapping{}, err
 	}
@@ -148,7 +148,7 @@ func (d *Driver) stagedState(v volume) (*state, error) {
 
 // noteFinished notes that nothing is left to confirm.
 func (d *Driver) noteFinished(v volume, header dek.HeaderID) error {
-	unlock, err := d.locks.try(v.id)
+	unlock, err := d.locks.tryOwn(v.id)
 	if err != nil {
 		return err
 	}

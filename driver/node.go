@@ -22,7 +22,7 @@ func (n node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeReque
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(v.id)
+	unlock, err := n.locks.wait(ctx, v.id)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +53,7 @@ func (n node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeR
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(v.id)
+	unlock, err := n.locks.wait(ctx, v.id)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +78,7 @@ func (n node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeR
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(v.id)
+	unlock, err := n.locks.wait(ctx, v.id)
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +108,7 @@ func (n node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVol
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(v.id)
+	unlock, err := n.locks.wait(ctx, v.id)
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +134,7 @@ func (n node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeReq
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.locks.try(v.id)
+	unlock, err := n.locks.wait(ctx, v.id)
 	if err != nil {
 		return nil, err
 	}
