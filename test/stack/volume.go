@@ -76,7 +76,8 @@ func (s *Stack) Provision(ctx context.Context, req *csi.CreateVolumeRequest, ext
 		return nil, err
 	}
 	if s.keys != nil && !s.cfg.Controller {
-		spec := dek.Spec{Name: name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(extra["cryptcsi.io/integrity"])}
+		// As an operator makes it: no controller stands in front of the sizes.
+		spec := dek.Spec{Cipher: dek.CipherXTS, Integrity: dek.Integrity(extra["cryptcsi.io/integrity"])}
 		if _, err := s.keys.controller.CreateDEK(ctx, v.DEK(), spec); err != nil {
 			return nil, err
 		}
