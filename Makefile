@@ -95,7 +95,7 @@ gcepd-build: install # a module of its own; two minutes once, then nothing
 .PHONY: kernel
 kernel: build cryptsetups gcepd-build ## tests on a kernel with dm-crypt (VM=native, uml or qemu chooses)
 	@$(call find-pkgs,TestKernel); set -x; \
-	go test -count=1 -timeout 20m $(in-guest) -run '^TestKernel' $$pkgs
+	go test -count=1 -timeout 30m $(in-guest) -run '^TestKernel' $$pkgs
 
 .PHONY: e2e
 e2e: build ## a real Kubernetes with the plugin as deploy/kubernetes installs it (ONLY=regexp of scenarios)
@@ -151,7 +151,7 @@ cover: build cryptsetups gcepd-build ## coverage of unit and kernel tests togeth
 	@rm -rf .cache/cover && mkdir -p .cache/cover/unit .cache/cover/kernel
 	go test -count=1 -cover -coverpkg=./... -skip '^TestKernel' ./... -args -test.gocoverdir='$(CURDIR)/.cache/cover/unit'
 	@$(call find-pkgs,TestKernel); set -x; \
-	go test -count=1 -cover -coverpkg=./... -timeout 20m $(in-guest) -run '^TestKernel' $$pkgs \
+	go test -count=1 -cover -coverpkg=./... -timeout 30m $(in-guest) -run '^TestKernel' $$pkgs \
 		-args -test.gocoverdir='$(CURDIR)/.cache/cover/kernel'
 	go tool covdata textfmt -i=.cache/cover/unit,.cache/cover/kernel -o=.cache/cover/profile
 	go tool cover -html=.cache/cover/profile -o=.cache/cover/index.html
