@@ -8,7 +8,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
@@ -185,7 +184,7 @@ func (d *Driver) expandMapping(ctx context.Context, v volume, st *state, m Mappi
 	if err != nil {
 		return m, err
 	}
-	if key.State != dek.Formatted || grown.Header.Sequence > key.Header.Sequence || grown.Header.Backup != "" {
+	if unconfirmed(key, grown.Header) {
 		if err := d.cfg.Keys.ConfirmDEK(ctx, st.DEK, grown.Header); err != nil {
 			return m, err
 		}

@@ -87,7 +87,7 @@ func (d *Driver) finish(ctx context.Context, v volume) error {
 	if err != nil {
 		return err
 	}
-	if key.State == dek.Prepared || m.Header.Sequence > key.Header.Sequence || m.Header.Backup != "" {
+	if unconfirmed(key, m.Header) {
 		if err := d.cfg.Keys.ConfirmDEK(ctx, st.DEK, m.Header); err != nil {
 			return err
 		}
@@ -157,7 +157,7 @@ func (d *Driver) noteFinished(v volume, header dek.HeaderID) error {
 	if err != nil || st == nil {
 		return err
 	}
-	header.Backup = "" // has its place in the record
+	header = noted(header)
 	st.Finishing = false
 	if header.Sequence > st.Header.Sequence {
 		st.Header = header

@@ -483,7 +483,7 @@ func (s *staging) confirm(ctx context.Context) error {
 	if !s.m.Made { // handed over: mount comes first
 		return nil
 	}
-	if s.key.State == dek.Formatted && s.m.Header.Sequence <= s.key.Header.Sequence && s.m.Header.Backup == "" {
+	if !unconfirmed(s.key, s.m.Header) {
 		return nil
 	}
 	if err := s.cfg.Keys.ConfirmDEK(ctx, s.v.dek, s.m.Header); err != nil {
@@ -553,6 +553,11 @@ func readOnlyOptions(options []string, fs FSInfo) []string {
 		options = append(options, "rescue=nologreplay")
 	}
 	return options
+}
+
+// unconfirmed tells whether the record lacks something of a volume's header.
+func unconfirmed(key dek.DEK, h dek.HeaderID) bool {
+	return key.State != dek.Formatted || h.Sequence > key.Header.Sequence || h.Backup != ""
 }
 
 // noted is what the state file keeps of a header: the rest has its place in the

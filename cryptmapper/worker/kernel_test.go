@@ -485,16 +485,7 @@ func TestKernelReadOnly(t *testing.T) {
 			if !m.ReadOnly || string(readAt(t, m.Path, 0, 5)) != "fixed" {
 				t.Errorf("read-only: %+v with %q", m, readAt(t, m.Path, 0, 5))
 			}
-			if file, err := os.OpenFile(m.Path, os.O_RDWR, 0); err == nil {
-				_, err = file.WriteAt([]byte("other"), 0)
-				if err == nil {
-					err = file.Sync()
-				}
-				file.Close()
-				if err == nil {
-					t.Error("a read-only mapping was written to")
-				}
-			}
+			unwritable(t, m.Path)
 			f.v.ReadOnly = false
 			if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrState) {
 				t.Errorf("opening writable over a read-only mapping: %v", err)
@@ -731,4 +722,21 @@ func TestKernelInitialisingGoesOn(t *testing.T) {
 	t.Logf("%d tries, %s", tries, last)
 	m := f.made(t, "x")
 	readAt(t, m.Path, 0, int(m.Size))
+}
+
+// unwritable fails where something can be written through a read-only mapping.
+func unwritable(t *testing.T, path string) {
+	t.Helper()
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	_, err = file.WriteAt([]byte("other"), 0)
+	if err == nil {
+		err = file.Sync()
+	}
+	file.Close()
+	if err == nil {
+		t.Error("a read-only mapping was written to")
+	}
 }

@@ -1,8 +1,6 @@
 package worker
 
 import (
-	"io"
-
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
@@ -65,12 +63,12 @@ func (o *operation) rotated(dev *device, d disk) (*luks2.Header, error) {
 
 // readEither reads the header under the volume's own key, in its place or still
 // aside, or else under the previous one, with which the operation goes on then.
-func (o *operation) readEither(dev *device, d io.ReaderAt) (luks2.Found, error) {
+func (o *operation) readEither(dev *device, d disk) (luks2.Found, error) {
 	found, err := luks2.Read(d, o.want(dev), o.key)
 	if err != nil || found.Header != nil {
 		return found, err
 	}
-	waiting, err := luks2.Read(io.NewSectionReader(d, asideOffset, asideSize), o.want(dev), o.key)
+	waiting, err := luks2.Read(aside{d}, o.want(dev), o.key)
 	if err != nil || waiting.Header != nil {
 		return waiting, err
 	}
