@@ -36,6 +36,9 @@ type Stack struct {
 	Clone     *CloneTable     // nil without such a layer
 }
 
+// DiscardOption is the one in dm-crypt's table that lets discards through.
+const DiscardOption = "allow_discards"
+
 // CryptTable is a dm-crypt table line. Sectors have 512 bytes.
 type CryptTable struct {
 	Length   int64 // sectors
@@ -231,6 +234,7 @@ func (s Stack) Mapping() Mapping {
 		Size:      s.Size(),
 		ReadOnly:  s.Top.ReadOnly,
 		Cipher:    s.Crypt.Cipher,
+		Discard:   slices.Contains(s.Crypt.Options, DiscardOption),
 		Suspended: s.Top.Suspended || s.Lower.Suspended,
 	}
 	if c := s.Clone; c != nil {

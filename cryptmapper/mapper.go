@@ -38,6 +38,7 @@ type Mapping struct {
 	ReadOnly  bool
 	Cipher    string        // dm-crypt's notation
 	Integrity dek.Integrity // what the layer below authenticates
+	Discard   bool          // discards reach the device, if that takes them
 	Suspended bool
 
 	// How far dm-clone has come while the volume hydrates: both 0 where there

@@ -104,6 +104,10 @@ type Spec struct {
 	Integrity Integrity `json:"integrity,omitempty"`
 	// Layout names what lies in the mapping beside the data; "" is nothing.
 	Layout string `json:"layout,omitempty"`
+	// Discard lets who uses the volume give blocks back to the device, whose
+	// owner then sees which are unused. Without integrity only. No disk says
+	// it, so a copy may have it otherwise.
+	Discard bool `json:"discard,omitempty"`
 }
 
 // LayoutConstellation is a volume that Constellation made, opened as it is: no
@@ -131,6 +135,8 @@ func (s Spec) Validate() error {
 		return fmt.Errorf("layout %q is not known", s.Layout)
 	case s.Layout == LayoutClone && s.Integrity == IntegrityNone:
 		return fmt.Errorf("layout %q is for volumes with integrity", s.Layout)
+	case s.Discard && s.Integrity != IntegrityNone:
+		return fmt.Errorf("discard: a volume with integrity cannot: a discarded sector has no tag and is unreadable")
 	case len(s.Name) > maxID:
 		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxID)
 	}

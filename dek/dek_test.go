@@ -73,6 +73,7 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: dek.CipherXTS},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Name: "pvc-1"},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
+		{Cipher: dek.CipherXTS, Discard: true},
 	} {
 		if err := good.Validate(); err != nil {
 			t.Errorf("%+v: %v", good, err)
@@ -85,6 +86,7 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: dek.CipherXTS, Layout: dek.LayoutClone},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: "thin"},
 		{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Discard: true},
 		{Cipher: dek.CipherXTS, Name: strings.Repeat("n", 300)},
 	} {
 		if bad.Validate() == nil {

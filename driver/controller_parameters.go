@@ -1,6 +1,8 @@
 package driver
 
 import (
+	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -13,8 +15,9 @@ import (
 
 // Parameters that are not entries of a volume context too.
 const (
-	keyCipher = KeyPrefix + "cipher"
-	keyInit   = KeyPrefix + "integrity-init" // InitClone or InitWipe
+	keyCipher  = KeyPrefix + "cipher"
+	keyInit    = KeyPrefix + "integrity-init" // InitClone or InitWipe
+	keyDiscard = KeyPrefix + "discard"
 )
 
 // noIntegrity is the value that asks for none.
@@ -40,35 +43,53 @@ func LayoutOf(init string) (layout string, known bool) {
 
 // class is what a StorageClass's parameters say.
 type class struct {
-	integrity, init string            // "" where they do not say
+	integrity, init string // "" where they do not say
+	discard         bool
 	rest            map[string]string // for the wrapped driver
+}
+
+// ownParameters are those that are ours; each takes its value into a class, or
+// says what it may be.
+var ownParameters = map[string]func(c *class, value string) error{
+	keyIntegrity: func(c *class, value string) error {
+		c.integrity = value
+		return among(value, string(dek.IntegrityHMAC), noIntegrity)
+	},
+	keyInit: func(c *class, value string) error {
+		c.init = value
+		return among(value, InitClone, InitWipe)
+	},
+	keyCipher: func(_ *class, value string) error { return among(value, dek.CipherXTS) },
+	keyDiscard: func(c *class, value string) error {
+		c.discard = value == "true"
+		return among(value, "true", "false")
+	},
+}
+
+func among(value string, allowed ...string) error {
+	if slices.Contains(allowed, value) {
+		return nil
+	}
+	return fmt.Errorf("%q is not offered: %s", value, strings.ReplaceAll(strings.Trim(fmt.Sprintf("%q", allowed), "[]"), " ", " or "))
 }
 
 // readParameters takes what is ours out of a StorageClass's parameters.
 // ErrInvalid names the parameter that is not good: one that nobody acts on
 // might be taken for protection that is not there.
-func readParameters(parameters map[string]string) (class, error) {
-	c := class{rest: foreign(parameters)}
+func readParameters(all map[string]string) (class, error) {
+	c := class{rest: foreign(all)}
 	invalid := func(format string, args ...any) (class, error) {
 		return class{}, errdefs.Errorf(errdefs.ErrInvalid, "parameter "+format, args...)
 	}
-	for key, value := range parameters {
+	for key, value := range all {
+		read := ownParameters[key]
 		switch {
-		case key == keyIntegrity && (value == string(dek.IntegrityHMAC) || value == noIntegrity):
-			c.integrity = value
-		case key == keyIntegrity:
-			return invalid("%s: %q is not offered: %q or %q", key, value, dek.IntegrityHMAC, noIntegrity)
-		case key == keyInit && (value == InitClone || value == InitWipe):
-			c.init = value
-		case key == keyInit:
-			return invalid("%s: %q is not offered: %q or %q", key, value, InitClone, InitWipe)
-		case key == keyCipher && value == dek.CipherXTS:
-		case key == keyCipher:
-			return invalid("%s: %q is not offered: only %q", key, value, dek.CipherXTS)
-		case key == KeyPrefix+"mkfs-options" || key == KeyPrefix+"discard":
-			return invalid("%s is not offered by this version", key)
+		case read != nil:
+			if err := read(&c, value); err != nil {
+				return invalid("%s: %w", key, err)
+			}
 		case strings.HasPrefix(key, KeyPrefix):
-			return invalid("%s is not known: there are %s, %s and %s", key, keyIntegrity, keyInit, keyCipher)
+			return invalid("%s is not known: there are %s", key, strings.Join(slices.Sorted(maps.Keys(ownParameters)), ", "))
 		case strings.Contains(strings.ToLower(key), "cryptcsi"):
 			return invalid("%s is not ours, though it looks so: ours begin with %s", key, KeyPrefix)
 		}
@@ -79,16 +100,22 @@ func readParameters(parameters map[string]string) (class, error) {
 // spec is what a volume of that class has to be, without its name; byType says
 // that the filesystem's name asks for integrity.
 func (c class) spec(byType bool) (dek.Spec, error) {
-	spec := dek.Spec{Cipher: dek.CipherXTS}
-	if c.integrity == string(dek.IntegrityHMAC) || byType {
-		spec.Integrity = dek.IntegrityHMAC
-		if c.init != InitWipe {
-			spec.Layout = dek.LayoutClone
-		}
-		return spec, nil
+	invalid := func(format string, args ...any) (dek.Spec, error) {
+		return dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "parameter "+format, args...)
 	}
-	if c.init != "" {
-		return spec, errdefs.Errorf(errdefs.ErrInvalid, "parameter %s says how a volume with integrity is initialised, and this one has none: set %s to %q", keyInit, keyIntegrity, dek.IntegrityHMAC)
+	integrity := c.integrity == string(dek.IntegrityHMAC) || byType
+	spec := dek.Spec{Cipher: dek.CipherXTS, Discard: c.discard}
+	switch {
+	case !integrity && c.init != "":
+		return invalid("%s says how a volume with integrity is initialised, and this one has none: set %s to %q", keyInit, keyIntegrity, dek.IntegrityHMAC)
+	case !integrity:
+		return spec, nil
+	case c.discard:
+		return invalid("%s: a volume with integrity cannot discard: a sector that was discarded has no tag and would be unreadable; set it to \"false\", or %s to %q", keyDiscard, keyIntegrity, noIntegrity)
+	}
+	spec.Integrity = dek.IntegrityHMAC
+	if c.init != InitWipe {
+		spec.Layout = dek.LayoutClone
 	}
 	return spec, nil
 }

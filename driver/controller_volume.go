@@ -157,7 +157,7 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 	if err != nil {
 		return nil, err
 	}
-	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "layout", p.spec.Layout, "source", p.source)
+	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "layout", p.spec.Layout, "discard", p.spec.Discard, "source", p.source)
 	return out, nil
 }
 

@@ -69,6 +69,7 @@ type Mapping struct {
 	ReadOnly  bool
 	Cipher    string        // dm-crypt's notation
 	Integrity dek.Integrity // what the layer below authenticates
+	Discard   bool          // discards reach the device, if that takes them
 	Suspended bool
 
 	// How far a volume that came up at once has got its tags; both 0 where

@@ -370,6 +370,8 @@ func (s *staging) open(ctx context.Context) error {
 		return errdefs.Errorf(errdefs.ErrState, "mapping %s has read-only %v, wanted %v: unstage the volume first", m.Name, m.ReadOnly, s.want.ReadOnly)
 	case m.Integrity != s.key.Spec.Integrity:
 		return errdefs.Errorf(errdefs.ErrState, "mapping %s has integrity %q, the record of volume %s says %q", m.Name, m.Integrity, s.v.id, s.key.Spec.Integrity)
+	case m.Discard != s.key.Spec.Discard:
+		return errdefs.Errorf(errdefs.ErrState, "mapping %s lets discards through: %v, the record of volume %s says %v", m.Name, m.Discard, s.v.id, s.key.Spec.Discard)
 	case !m.Made && s.want.ReadOnly:
 		return errdefs.Errorf(errdefs.ErrState, "volume %s was never formatted and is asked for read-only: use it writable once", s.v.id)
 	}

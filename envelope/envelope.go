@@ -185,7 +185,7 @@ func (k *Keyring) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.
 // floor, because the copy may be older than what was confirmed of source since;
 // as Prepared where source's disk was never formatted.
 //
-// The spec must be source's but for the name (ErrInvalid). ErrExists where a
+// The spec must be source's but for the name and Discard (ErrInvalid). ErrExists where a
 // DEK exists that is no clone of source. ErrConflict while source is being
 // rotated, because nobody knows then which key the copy has; not for a
 // snapshot, which nobody opens. Once the clone exists, source is not looked at.

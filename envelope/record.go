@@ -46,8 +46,8 @@ const timeFormat = "2006-01-02T15:04:05Z"
 //
 //	len(path) path len(value) value
 //
-// with lengths as 4 bytes, big-endian, and as value 's' with the string, or
-// 'n' with the number as it is written. So a field that a later build adds to
+// with lengths as 4 bytes, big-endian, and as value 's' with the string,
+// 'n' with the number as it is written, or 'b' with "true". So a field that a later build adds to
 // version 1 does not change the MAC of a record without it.
 //
 // The authenticator is the same over the same fields, under
@@ -84,6 +84,7 @@ type (
 		Cipher    string        `json:"cipher"`
 		Integrity dek.Integrity `json:"integrity,omitempty"`
 		Layout    string        `json:"layout,omitempty"`
+		Discard   bool          `json:"discard,omitempty"`
 	}
 	wrappedV1 struct {
 		Scheme     string `json:"scheme"`
@@ -282,6 +283,9 @@ func (r *record) fields() []byte {
 	in.wrapped("previous", r.Previous)
 	in.optional("source", string(r.Source))
 	in.text("spec/cipher", r.Spec.Cipher)
+	if r.Spec.Discard {
+		in.field("spec/discard", 'b', "true")
+	}
 	in.optional("spec/integrity", string(r.Spec.Integrity))
 	in.optional("spec/layout", r.Spec.Layout)
 	in.optional("spec/name", r.Spec.Name)
@@ -455,8 +459,8 @@ func validSpec(s dek.Spec) error {
 }
 
 // flatten returns the fields of a JSON object by path, strings as 's' with
-// the string, numbers as 'n' with their text, and every other thing that a
-// record never holds under another letter. An error for what is not one
+// the string, numbers as 'n' with their text, truth values as 'b' with theirs,
+// and every other thing that a record never holds under another letter. An error for what is not one
 // object of at most three levels, for duplicates and for arrays.
 func flatten(data []byte) (map[string]string, error) {
 	if !utf8.Valid(data) {

@@ -396,6 +396,8 @@ func TestFieldsAreTheRecords(t *testing.T) {
 				f.SetInt(random.Int64N(100))
 			case reflect.Uint64:
 				f.SetUint(random.Uint64())
+			case reflect.Bool:
+				f.SetBool(true)
 			case reflect.Slice:
 				f.SetBytes([]byte{byte(i), byte(random.IntN(256))})
 			default:

@@ -80,7 +80,7 @@ func (k *Keyring) inherit(ctx context.Context, r *record) error {
 	}
 	defer d.Wipe()
 	spec := d.Spec
-	spec.Name = r.Spec.Name
+	spec.Name, spec.Discard = r.Spec.Name, r.Spec.Discard // no disk says them
 	old := d.Key
 	switch {
 	case spec != dek.Spec(r.Spec):

@@ -39,16 +39,25 @@ func inspect(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "VOLUME\tMAPPING\tSTATE\tDEVICE\tCIPHER\tINTEGRITY\tHYDRATED\tSIZE\tMODE\tHEADER")
+	fmt.Fprintln(w, "VOLUME\tMAPPING\tSTATE\tDEVICE\tCIPHER\tINTEGRITY\tOPTIONS\tHYDRATED\tSIZE\tMODE\tHEADER")
 	for _, i := range list {
 		state := "-"
 		if *headers && i.Backing != "" {
 			state = headerState(ctx, m, i)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(i.VolumeID, "-"), i.Name, i.State,
-			cmp.Or(i.Backing, "-"), cmp.Or(i.Cipher, "-"), cmp.Or(string(i.Integrity), "-"), cmp.Or(i.Progress(), "-"), size(i.Size), mode(i), state)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(i.VolumeID, "-"), i.Name, i.State,
+			cmp.Or(i.Backing, "-"), cmp.Or(i.Cipher, "-"), cmp.Or(string(i.Integrity), "-"), cmp.Or(options(i.Mapping), "-"), cmp.Or(i.Progress(), "-"), size(i.Size), mode(i), state)
 	}
 	return w.Flush()
+}
+
+// options are what a mapping has beyond what all have.
+func options(m driver.Mapping) string {
+	var words []string
+	if m.Discard {
+		words = append(words, "discard")
+	}
+	return strings.Join(words, ",")
 }
 
 func mode(i driver.MappingInfo) string {

@@ -35,6 +35,9 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	if o.Volume.ReadOnly && !integrity {
 		flags |= flagReadOnly
 	}
+	if o.Spec.Discard {
+		flags |= flagDiscard
+	}
 	name := o.lower()
 	if err := d.activate(name, o.key, flags); err != nil {
 		return classify(err, fmt.Sprintf("opening device %s", dev.number))

@@ -227,6 +227,7 @@ const (
 	flagPrivate          = C.CRYPT_ACTIVATE_PRIVATE // udev rules of LVM, md, multipath stay away
 	flagKeyring          = C.CRYPT_ACTIVATE_KEYRING_KEY
 	flagIgnorePersistent = C.CRYPT_ACTIVATE_IGNORE_PERSISTENT
+	flagDiscard          = C.CRYPT_ACTIVATE_ALLOW_DISCARDS
 	flagNoJournal        = C.CRYPT_ACTIVATE_NO_JOURNAL
 	flagRecovery         = C.CRYPT_ACTIVATE_RECOVERY // dm-integrity's mode R: nothing is replayed
 )

@@ -300,6 +300,10 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 	if h.SectorSize() == 4096 {
 		want.Options = append(want.Options, "sector_size:4096")
 	}
+	if o.Spec.Discard {
+		want.Options = append(want.Options, cryptmapper.DiscardOption)
+	}
+	slices.Sort(want.Options)
 	differ("cipher", s.Crypt.Cipher, want.Cipher)
 	differ("key", s.Crypt.Key, fmt.Sprintf(":%d:logon:cryptsetup:%s-d0", keySize, h.Copy.UUID()))
 	differ("IV offset", s.Crypt.IVOffset, want.IVOffset)

@@ -60,7 +60,7 @@ func (k *Kernel) MakeConstellation(path, uuid string, integrity dek.Integrity, f
 	if fstype == "" {
 		return nil
 	}
-	t, err := k.activate(driver.Volume{Name: "constellation"}, d, h)
+	t, err := k.activate(driver.Volume{Name: "constellation"}, d, h, key.Spec)
 	if err != nil {
 		return err
 	}

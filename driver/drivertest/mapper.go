@@ -111,7 +111,7 @@ func (m Mapper) Open(ctx context.Context, v driver.Volume, d dek.DEK) (driver.Ma
 		return driver.Mapping{}, err
 	}
 	h, _ := disk.readHeader()
-	t, err := k.activate(v, disk, h)
+	t, err := k.activate(v, disk, h, d.Spec)
 	if err != nil {
 		return driver.Mapping{}, err
 	}
@@ -157,7 +157,7 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 	h, found := d.readHeader()
 	under, verified := h.under(key)
 	verified = verified && found
-	h.Spec.Name = key.Spec.Name // no disk says it
+	h.Spec.Name, h.Spec.Discard = key.Spec.Name, key.Spec.Discard // no disk says them
 	switch {
 	case verified && h.Spec != key.Spec:
 		return refuse("the header says %+v, the record %+v", h.Spec, key.Spec)
@@ -170,7 +170,7 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 	case verified && !h.Made && v.ReadOnly:
 		return refuse("never finished, and read-only")
 	case verified && key.State == dek.Rotating && !v.ReadOnly && !under.Equal(key.Key):
-		h.ID, h.Sequence, h.Spec.Name = key.ID, h.Sequence+1, ""
+		h.ID, h.Sequence, h.Spec = key.ID, h.Sequence+1, onDisk(key.Spec)
 		d.writeHeader(h, key.Key)
 		return h, nil
 	case verified && (h.Made || h.UUID == key.Claim.UUID):
@@ -186,8 +186,7 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 	if !d.blank() {
 		return refuse("foreign data")
 	}
-	h = header{ID: key.ID, UUID: key.Claim.UUID, Sequence: 1, Size: d.size - dataOffset, Spec: key.Spec}
-	h.Spec.Name = ""
+	h = header{ID: key.ID, UUID: key.Claim.UUID, Sequence: 1, Size: d.size - dataOffset, Spec: onDisk(key.Spec)}
 	if h.Spec.Layout == dek.LayoutClone {
 		h.Size -= driver.CloneArea(h.Size)
 		h.Hydrates, d.hydrated = true, 0
@@ -196,11 +195,17 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 	return h, nil
 }
 
+// onDisk is what a disk says of a spec.
+func onDisk(s dek.Spec) dek.Spec {
+	s.Name, s.Discard = "", false
+	return s
+}
+
 // activate returns the mapping of that name, made now if there is none.
-func (k *Kernel) activate(v driver.Volume, d *disk, h header) (*table, error) {
+func (k *Kernel) activate(v driver.Volume, d *disk, h header, spec dek.Spec) (*table, error) {
 	if t := k.tables[v.Name]; t != nil {
 		switch {
-		case t.disk == d && t.ReadOnly == v.ReadOnly:
+		case t.disk == d && t.ReadOnly == v.ReadOnly && t.Discard == spec.Discard:
 			return t, nil
 		case k.users(t.Number) > 0 || t.disk == d:
 			return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is there already, on device %s", v.Name, t.Backing)
@@ -210,7 +215,7 @@ func (k *Kernel) activate(v driver.Volume, d *disk, h header) (*table, error) {
 	k.count++
 	t := &table{disk: d, offset: dataOffset, Mapping: driver.Mapping{
 		Name: v.Name, Path: "/dev/mapper/" + v.Name, Number: fmt.Sprintf("254:%d", k.count), Backing: d.number,
-		Size: h.Size, ReadOnly: v.ReadOnly, Cipher: h.Spec.Cipher, Integrity: h.Spec.Integrity,
+		Size: h.Size, ReadOnly: v.ReadOnly, Cipher: h.Spec.Cipher, Integrity: h.Spec.Integrity, Discard: spec.Discard,
 	}}
 	if h.Hydrates {
 		t.Regions, t.Hydrated = uint64(h.Size/regionSize), d.hydrated

@@ -83,6 +83,9 @@ func RunMapper(t *testing.T, h MapperHarness) {
 		if spec.Integrity == dek.IntegrityNone {
 			name = "no integrity"
 		}
+		if spec.Discard {
+			name += ", discard"
+		}
 		if spec.Layout != "" {
 			name += ", layout " + spec.Layout
 		}
@@ -342,7 +345,7 @@ func testOtherSpec(m *mapperTest) {
 	case m.key.Spec.Integrity != dek.IntegrityNone:
 		key.Spec.Integrity = dek.IntegrityNone
 	default:
-		key.Spec.Integrity = dek.IntegrityHMAC
+		key.Spec.Integrity, key.Spec.Discard = dek.IntegrityHMAC, false
 	}
 	m.refused("a header with another spec", m.v, key, errdefs.ErrState)
 }

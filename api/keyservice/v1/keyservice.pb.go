@@ -84,7 +84,8 @@ type CreateDEKRequest struct {
 	Spec      *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Recipient []byte                 `protobuf:"bytes,3,opt,name=recipient,proto3" json:"recipient,omitempty"` // as in GetDEKRequest, or empty
 	// The DEK whose disk the new one's is a copy of, a volume's or a snapshot's;
-	// empty for a new disk. The spec must be the source's but for the name.
+	// empty for a new disk. The spec must be the source's but for the
+	// name, and for what no disk says of itself: discard.
 	Source        string `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -558,6 +559,7 @@ type Spec struct {
 	Cipher        string                 `protobuf:"bytes,2,opt,name=cipher,proto3" json:"cipher,omitempty"`
 	Integrity     string                 `protobuf:"bytes,3,opt,name=integrity,proto3" json:"integrity,omitempty"`
 	Layout        string                 `protobuf:"bytes,4,opt,name=layout,proto3" json:"layout,omitempty"`
+	Discard       bool                   `protobuf:"varint,5,opt,name=discard,proto3" json:"discard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -618,6 +620,13 @@ func (x *Spec) GetLayout() string {
 		return x.Layout
 	}
 	return ""
+}
+
+func (x *Spec) GetDiscard() bool {
+	if x != nil {
+		return x.Discard
+	}
+	return false
 }
 
 type Claim struct {
@@ -1138,12 +1147,13 @@ const file_api_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x06header\x18\x06 \x01(\v2\x1e.cryptcsi.keyservice.v1.HeaderR\x06header\x12\x1d\n" +
 	"\n" +
 	"sealed_key\x18\a \x01(\fR\tsealedKey\x12'\n" +
-	"\x0fsealed_previous\x18\b \x01(\fR\x0esealedPrevious\"h\n" +
+	"\x0fsealed_previous\x18\b \x01(\fR\x0esealedPrevious\"\x82\x01\n" +
 	"\x04Spec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06cipher\x18\x02 \x01(\tR\x06cipher\x12\x1c\n" +
 	"\tintegrity\x18\x03 \x01(\tR\tintegrity\x12\x16\n" +
-	"\x06layout\x18\x04 \x01(\tR\x06layout\"/\n" +
+	"\x06layout\x18\x04 \x01(\tR\x06layout\x12\x18\n" +
+	"\adiscard\x18\x05 \x01(\bR\adiscard\"/\n" +
 	"\x05Claim\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"r\n" +
