@@ -110,6 +110,12 @@ type Config struct {
 	ObserveStep   func(step string, took time.Duration)
 	ObserveFinish func(took time.Duration, err error)
 
+	// Failures, where not nil, calls seen with the name of a mapping whenever the
+	// kernel reports a sector of it that is not authentic, until ctx ends; see
+	// Driver.WatchIntegrity. ObserveFailure counts those of this driver's volumes.
+	Failures       func(ctx context.Context, seen func(mapping string)) error
+	ObserveFailure func()
+
 	Logger   *slog.Logger           // nil: no log
 	BootID   func() (string, error) // nil: the kernel's
 	AliasDir string                 // "": /dev

@@ -51,7 +51,7 @@ func (d *Driver) stats(v volume, path string) (*csi.NodeGetVolumeStatsResponse, 
 	if err != nil {
 		return nil, err
 	}
-	resp := &csi.NodeGetVolumeStatsResponse{VolumeCondition: condition(m)}
+	resp := &csi.NodeGetVolumeStatsResponse{VolumeCondition: condition(m, st.Damage)}
 	if st.AccessType == accessBlock {
 		resp.Usage = []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: m.Size}}
 		return resp, nil
@@ -68,8 +68,10 @@ func (d *Driver) stats(v volume, path string) (*csi.NodeGetVolumeStatsResponse, 
 }
 
 // condition says in words how a mapping is.
-func condition(m Mapping) *csi.VolumeCondition {
+func condition(m Mapping, damage Damage) *csi.VolumeCondition {
 	switch {
+	case damage.Reports > 0:
+		return &csi.VolumeCondition{Abnormal: true, Message: "the disk fails, or was changed by somebody else: " + damage.String() + "; reading them is an I/O error; restore what is on them from a backup"}
 	case m.Suspended:
 		return &csi.VolumeCondition{Abnormal: true, Message: "the mapping is suspended, and whoever reads or writes it waits: it is being changed, or that was interrupted and restarting csi-plugin on the node resumes it"}
 	case m.Regions > 0:

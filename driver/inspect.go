@@ -37,6 +37,7 @@ type MappingInfo struct {
 	Header      dek.HeaderID // as of the last staging or growth
 	UsedAt      []string     // where it can be seen, beside the staging path
 	Finishing   bool         // hydrated, and that is perhaps not confirmed
+	Damage      Damage       // what the kernel has reported since it was staged
 }
 
 // Inspect joins the mappings of this node with the state files of all drivers
@@ -85,7 +86,7 @@ func describe(st *state) MappingInfo {
 	return MappingInfo{
 		Mapping: Mapping{Name: MappingName(st.Driver, st.VolumeID)}, State: StateClosed,
 		Driver: st.Driver, VolumeID: st.VolumeID, DEK: st.DEK, AccessType: st.AccessType,
-		Filesystem: st.Filesystem, StagingPath: st.StagingPath, Header: st.Header, Finishing: st.Finishing,
+		Filesystem: st.Filesystem, StagingPath: st.StagingPath, Header: st.Header, Finishing: st.Finishing, Damage: st.Damage,
 	}
 }
 

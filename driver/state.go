@@ -43,6 +43,8 @@ type state struct {
 	// Finishing: a hydrated volume was about to be finished, and that may not be
 	// confirmed yet.
 	Finishing bool `json:"finishing,omitempty"`
+
+	Damage Damage `json:"damage,omitzero"`
 }
 
 // The access types, as the state file spells them.

@@ -39,14 +39,19 @@ func inspect(ctx context.Context, args []string, stdout, stderr io.Writer) error
 		return err
 	}
 	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "VOLUME\tMAPPING\tSTATE\tDEVICE\tCIPHER\tINTEGRITY\tOPTIONS\tHYDRATED\tSIZE\tMODE\tHEADER")
+	row := func(cells ...string) { fmt.Fprintln(w, strings.Join(cells, "\t")) }
+	row("VOLUME", "MAPPING", "STATE", "DEVICE", "CIPHER", "INTEGRITY", "OPTIONS", "HYDRATED", "SIZE", "MODE", "DAMAGE", "HEADER")
 	for _, i := range list {
-		state := "-"
+		header := ""
 		if *headers && i.Backing != "" {
-			state = headerState(ctx, m, i)
+			header = headerState(ctx, m, i)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(i.VolumeID, "-"), i.Name, i.State,
-			cmp.Or(i.Backing, "-"), cmp.Or(i.Cipher, "-"), cmp.Or(string(i.Integrity), "-"), cmp.Or(options(i.Mapping), "-"), cmp.Or(i.Progress(), "-"), size(i.Size), mode(i), state)
+		cells := []string{i.VolumeID, i.Name, string(i.State), i.Backing, i.Cipher, string(i.Integrity), options(i.Mapping), i.Progress(),
+			size(i.Size), mode(i), i.Damage.String(), header}
+		for n := range cells {
+			cells[n] = cmp.Or(cells[n], "-")
+		}
+		row(cells...)
 	}
 	return w.Flush()
 }

@@ -20,6 +20,7 @@ type measured struct {
 	steps      *prometheus.HistogramVec
 	finishes   *prometheus.CounterVec
 	hydrations prometheus.Histogram
+	failures   prometheus.Counter
 }
 
 func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stuck func() []string) *measured {
@@ -45,8 +46,10 @@ func newMeasured(library string, list func() ([]cryptmapper.Mapping, error), stu
 	m.hydrations = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "cryptcsi_hydration_seconds",
 		Help:    "From when a volume that hydrates was first seen by this process until it was finished.",
 		Buckets: []float64{10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600, 7 * 24 * 3600}})
+	m.failures = prometheus.NewCounter(prometheus.CounterOpts{Name: "cryptcsi_integrity_errors_total",
+		Help: "Reports of the kernel about sectors of volumes on this node that are not authentic; at most ten in five seconds."})
 	m.finishes.WithLabelValues(metrics.Result(nil)) // so that the first failure is an increase
-	m.Add(m.operations, m.steps, m.finishes, m.hydrations)
+	m.Add(m.operations, m.steps, m.finishes, m.hydrations, m.failures)
 	m.Gauge("cryptcsi_open_mappings", "Crypt devices open on this node.", func() float64 {
 		l, err := list()
 		if err != nil {

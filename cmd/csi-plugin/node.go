@@ -123,8 +123,17 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	m.watchHydration(d.HydrationStatus)
 	hydrating, stop := context.WithCancel(ctx)
 	defer background(func() { d.Hydrate(hydrating) })()
+	defer background(func() { watchIntegrity(hydrating, d, log) })()
 	defer stop()
 	return f.serve(ctx, log, d, conn, m, d.ServerOptions()...)
+}
+
+// watchIntegrity goes without where the kernel's log cannot be read: volumes are
+// as safe as with it, and only say less.
+func watchIntegrity(ctx context.Context, d *driver.Driver, log *slog.Logger) {
+	if err := d.WatchIntegrity(ctx); err != nil {
+		log.Warn("damaged volumes are not reported: the container needs /dev/kmsg and CAP_SYSLOG", "error", err)
+	}
 }
 
 // background runs do until it returns; the function waits for that.
@@ -199,6 +208,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 		StageWith: f.stageWith, Integrity: driver.IntegrityPolicy(f.integrity), Spec: dek.Spec{Cipher: dek.CipherXTS},
 		TolerateUngrown: f.tolerateUngrown,
 		ObserveStep:     seen.stageStep, ObserveFinish: seen.finished,
+		Failures: cryptmapper.WatchIntegrity, ObserveFailure: seen.failures.Inc,
 		Version:  version,
 		Manifest: map[string]string{"commit": commit, "libcryptsetup": library, "kms": strings.Join(schemes(), ",")},
 		Logger:   log,

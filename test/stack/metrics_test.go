@@ -83,17 +83,10 @@ func TestKernelMetrics(t *testing.T) {
 // own name.
 func scrape(t *testing.T, address string) map[string][]string {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+"/metrics", nil)
-	must(t, "request", err)
-	r, err := http.DefaultClient.Do(req)
-	must(t, "scrape", err)
-	defer r.Body.Close()
-	body, err := io.ReadAll(r.Body)
-	must(t, "scrape", err)
 	line := regexp.MustCompile(`(?m)^(cryptcsi_\w+?)(?:_count)?(?:\{(.*)\})? \S+$`)
 	label := regexp.MustCompile(`(\w+)="`)
 	shown := map[string][]string{}
-	for _, m := range line.FindAllStringSubmatch(string(body), -1) {
+	for _, m := range line.FindAllStringSubmatch(exposed(t, address), -1) {
 		labels := []string{}
 		for _, l := range label.FindAllStringSubmatch(m[2], -1) {
 			labels = append(labels, l[1])
@@ -102,4 +95,27 @@ func scrape(t *testing.T, address string) map[string][]string {
 		shown[m[1]] = labels
 	}
 	return shown
+}
+
+// value returns that of a metric without labels, as it is shown.
+func value(t *testing.T, address, metric string) string {
+	t.Helper()
+	m := regexp.MustCompile(`(?m)^` + metric + ` (\S+)$`).FindStringSubmatch(exposed(t, address))
+	if m == nil {
+		t.Fatalf("there is no %s", metric)
+	}
+	return m[1]
+}
+
+// exposed is the page that Prometheus reads.
+func exposed(t *testing.T, address string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+"/metrics", nil)
+	must(t, "request", err)
+	r, err := http.DefaultClient.Do(req)
+	must(t, "scrape", err)
+	defer r.Body.Close()
+	body, err := io.ReadAll(r.Body)
+	must(t, "scrape", err)
+	return string(body)
 }
