@@ -116,6 +116,8 @@ type Config struct {
 	Failures       func(ctx context.Context, seen func(mapping string)) error
 	ObserveFailure func()
 
+	Events Events // nil: nobody is told
+
 	Logger   *slog.Logger           // nil: no log
 	BootID   func() (string, error) // nil: the kernel's
 	AliasDir string                 // "": /dev
@@ -136,6 +138,7 @@ type Driver struct {
 	// writeState runs every change of a state file.
 	writeState func(func() error) error
 	hydrator   *hydrator // nil without Config.Hydration
+	teller     *teller
 }
 
 // driverName is what the CSI specification allows; it is a file name too.
@@ -169,6 +172,7 @@ func New(ctx context.Context, cfg Config) (*Driver, error) {
 		cfg: cfg, log: cfg.Logger, name: name, boot: boot, wrapped: w,
 		base:       privateDir(realDir(cfg.KubeletDir), name),
 		writeState: func(do func() error) error { return do() },
+		teller:     &teller{},
 	}
 	if cfg.Hydration != nil {
 		d.hydrator = newHydrator(d)

@@ -92,6 +92,8 @@ func (d *Driver) damage(ctx context.Context, volumes map[string]*damaged, mappin
 		e.said = now
 		d.log.ErrorContext(ctx, "the kernel has found sectors that are not authentic: the disk fails, or was changed by somebody else; reading them is an I/O error",
 			"volume_id", e.v.id, "mapping", mapping)
+		st, _ := d.load(v)
+		d.tell(v, st, true, ReasonDamaged, "sectors of the volume are not authentic: its disk fails, or was changed by somebody else; reading them is an I/O error; move the data to another volume, and restore what cannot be read")
 	}
 	d.noteDamage(ctx, e, now)
 }

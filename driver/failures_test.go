@@ -28,6 +28,8 @@ func watched(t *testing.T, run func(m *machine, report func(mapping string), cou
 			}
 		}
 		m.cfg.ObserveFailure = func() { counted++ }
+		events := &told{}
+		m.cfg.Events = events
 		m.cfg.Logger = slog.New(slog.NewTextHandler(log, nil))
 		m.start()
 		ctx, cancel := context.WithCancel(m.t.Context())
@@ -37,6 +39,14 @@ func watched(t *testing.T, run func(m *machine, report func(mapping string), cou
 			reports <- mapping
 			time.Sleep(time.Millisecond)
 		}, &counted, log)
+		for _, e := range *events {
+			if e.Reason != driver.ReasonDamaged || !e.Warning {
+				m.t.Errorf("told: %+v", e)
+			}
+		}
+		if n := strings.Count(log.String(), "not authentic"); len(*events) != n {
+			m.t.Errorf("told %d times, logged %d times", len(*events), n)
+		}
 		cancel()
 		m.ok("WatchIntegrity", <-ended)
 	})

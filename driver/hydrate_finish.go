@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
@@ -52,6 +53,7 @@ func (h *hydrator) finished(ctx context.Context, e *hydrating, err error) {
 	}
 	if err == nil {
 		delete(h.volumes, e.v.id)
+		h.tellFinished(e, took)
 		h.log.InfoContext(ctx, "hydrated", "volume_id", e.v.id, "mapping", e.m.Name, "bytes", e.m.Size, "took", took)
 		return
 	}
@@ -60,6 +62,13 @@ func (h *hydrator) finished(ctx context.Context, e *hydrating, err error) {
 	e.retryAt = time.Now().Add(wait)
 	h.log.WarnContext(ctx, "a hydrated volume is not finished; it can be used as it is, and this is tried again",
 		"volume_id", e.v.id, "mapping", e.m.Name, "again_in", wait, "error", err)
+}
+
+// tellFinished tells that a volume is initialised, unless it was unstaged.
+func (h *hydrator) tellFinished(e *hydrating, took time.Duration) {
+	if st, err := h.load(e.v); err == nil && st != nil {
+		h.tell(e.v, st, false, ReasonInitialised, fmt.Sprintf("all of the volume is initialised, %v after it was ready", took.Round(time.Second)))
+	}
 }
 
 // finish makes a volume that is hydrated an ordinary one, and confirms that.

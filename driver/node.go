@@ -37,8 +37,10 @@ func (n node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeReque
 		return nil, err
 	}
 	if err := s.stage(ctx); err != nil {
+		s.tellFailed(err)
 		return nil, err
 	}
+	s.tellStaged()
 	n.hydrator.wake()
 	return &csi.NodeStageVolumeResponse{}, nil
 }
@@ -69,6 +71,7 @@ func (n node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolumeR
 	if err := n.unstageForeign(ctx, v, staging); err != nil {
 		return nil, err
 	}
+	n.teller.forget(v.id)
 	return &csi.NodeUnstageVolumeResponse{}, nil
 }
 
@@ -94,6 +97,9 @@ func (n node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolumeR
 	}
 	if err := p.publish(ctx); err != nil {
 		return nil, err
+	}
+	if pod, ok := podOf(req.GetVolumeContext()); ok {
+		n.noteUser(ctx, v, p.target, &pod)
 	}
 	return &csi.NodePublishVolumeResponse{}, nil
 }
@@ -121,6 +127,7 @@ func (n node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVol
 	if err := n.unpublish(ctx, v, target); err != nil {
 		return nil, err
 	}
+	n.noteUser(ctx, v, target, nil)
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 

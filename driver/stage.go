@@ -41,6 +41,9 @@ type staging struct {
 	key  dek.DEK
 	m    Mapping
 	fs   FSInfo
+
+	at        string // the step that it is at
+	formatted bool   // for the first time, by this call
 }
 
 // newStaging checks a request against the specification and the policy. It
@@ -245,6 +248,7 @@ func (s *staging) run(ctx context.Context) error {
 		{"fill", s.fill}, {"confirm", s.confirm}, {"mount", s.mount}, {"note", s.note},
 	} {
 		began := time.Now()
+		s.at = step.name
 		if err := step.do(ctx); err != nil {
 			return err
 		}
@@ -475,7 +479,7 @@ func (s *staging) markMade(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.m = m
+	s.m, s.formatted = m, true
 	return nil
 }
 

@@ -45,6 +45,7 @@ type state struct {
 	Finishing bool `json:"finishing,omitempty"`
 
 	Damage Damage `json:"damage,omitzero"`
+	Users  []user `json:"users,omitempty"` // as far as kubelet says who they are
 }
 
 // The access types, as the state file spells them.
