@@ -185,6 +185,10 @@ func (k *Keyring) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.
 // floor, because the copy may be older than what was confirmed of source since;
 // as Prepared where source's disk was never formatted.
 //
+// A copy that was cut before source was first used, or before the end of a
+// rotation of it, and is recorded after that, is refused when it is opened: it
+// gets no key that source has no longer, because that is what a rotation is for.
+//
 // The spec must be source's but for the name and Discard (ErrInvalid). ErrExists where a
 // DEK exists that is no clone of source. ErrConflict while source is being
 // rotated, because nobody knows then which key the copy has; not for a

@@ -88,5 +88,5 @@ func (o *operation) wantPrevious(dev *device) luks2.Want {
 }
 
 func (o *operation) notRotated(dev *device, reason error) error {
-	return errdefs.Errorf(errdefs.ErrState, "the volume is to be given its own key, but no header on device %s verifies under that or the one before (%s): it is another disk than the copy or volume that was recorded, or it was blanked or damaged; nothing was changed", dev.number, oneLine(reason))
+	return errdefs.Errorf(errdefs.ErrState, "the volume is to be given its own key, but no header on device %s verifies under that or the one before (%s): it is another disk than the copy or volume that was recorded, or it was blanked or damaged, or it is a copy from before its source was first used or given another key; nothing was changed; of a copy make another one", dev.number, oneLine(reason))
 }

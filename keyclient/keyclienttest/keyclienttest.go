@@ -376,6 +376,13 @@ func rotate(t *testing.T, k Keys) {
 		must(t, "ConfirmDEK with the new key", k.ConfirmDEK(t.Context(), id, end))
 		same(t, "rotated", get(t, k, id), want)
 	}
+	// However old the copy is: the key that was replaced opens nothing any more.
+	late, err := k.CloneDEK(t.Context(), id+"-late", spec(), id)
+	must(t, "CloneDEK after a rotation", err)
+	t.Cleanup(late.Wipe)
+	if !late.Previous.Equal(want.Key) {
+		t.Error("a clone that is recorded after its source's rotation has not the new key as its previous one")
+	}
 	next, err := k.RotateDEK(t.Context(), id)
 	must(t, "RotateDEK", err)
 	t.Cleanup(next.Wipe)
