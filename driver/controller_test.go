@@ -513,49 +513,97 @@ func TestUnknownDriver(t *testing.T) {
 // handed out without a record, no record goes before its volume, and the same
 // call again, or giving up, leads to an orderly end.
 func TestFaultsOfTheController(t *testing.T) {
+	for _, tt := range interrupted() {
+		t.Run(tt.name, func(t *testing.T) {
+			p := tt.plant(t)
+			p.ok("without a fault", tt.do(p))
+			steps := p.faults.Trace()
+			if len(steps) < 2 {
+				t.Fatalf("only %v", steps)
+			}
+			for n, step := range steps {
+				for _, f := range append(faults(), fault{name: "fails for now before", how: func() error { return errdefs.Errorf(errdefs.ErrUnavailable, "injected, try again") }}) {
+					t.Run(fmt.Sprintf("%s step %d %s", f.name, n+1, step), func(t *testing.T) { tt.fails(t, n+1, f) })
+				}
+			}
+		})
+	}
+}
+
+// interruption is a call in which something fails.
+type interruption struct {
+	name    string
+	prepare func(*plant)
+	do      func(*plant) error
+	always  func(p *plant, err error) // after the fault
+	after   func(p *plant)            // after the same call again
+}
+
+func (i interruption) plant(t *testing.T) *plant {
+	p := newPlant(t).start()
+	i.prepare(p)
+	p.faults.Disarm()
+	return p
+}
+
+// fails lets the call fail at a step, and makes it again.
+func (i interruption) fails(t *testing.T, step int, f fault) {
+	p := i.plant(t)
+	p.faults.Arm(step, f.after, f.how)
+	err := i.do(p)
+	p.faults.Disarm()
+	if f.dies {
+		p.start()
+	}
+	i.always(p, err)
+	for _, what := range []string{"again", "and again"} {
+		p.ok(what, i.do(p))
+		i.after(p)
+	}
+	p.lawful()
+	if status.Code(err) == codes.AlreadyExists {
+		t.Errorf("the fault's answer: %v", err)
+	}
+}
+
+func interrupted() []interruption {
+	nothing := func(*plant) {}
 	source := func(p *plant) {
 		p.mustCreate(request("src"))
 		p.formatted(volumeDEK("vol-src"))
 	}
+	snapshot := func(p *plant) error { _, err := p.snapshot("s", "vol-src"); return err }
 	snapshotted := func(p *plant) {
 		source(p)
-		_, err := p.snapshot("s", "vol-src")
-		p.ok("CreateSnapshot", err)
+		p.ok("CreateSnapshot", snapshot(p))
 	}
 	create := func(change ...func(*csi.CreateVolumeRequest)) func(*plant) error {
 		return func(p *plant) error { _, err := p.create(request("new", change...)); return err }
 	}
-	deleted := func(p *plant, _ error) { p.gone(volumeDEK("vol-src")) }
-	for _, tt := range []struct {
-		name    string
-		prepare func(*plant)
-		do      func(*plant) error
-		always  func(p *plant, err error) // after the fault
-		after   func(p *plant, err error) // after the same call again
-	}{
-		{"create", func(*plant) {}, create(), recorded("vol-new", ""), recorded("vol-new", dek.Prepared)},
-		{"restore", snapshotted, create(of("snap-s", "")), recorded("vol-new", ""), recorded("vol-new", dek.Rotating)},
-		{"clone", source, create(of("", "vol-src")), recorded("vol-new", ""), recorded("vol-new", dek.Rotating)},
-		{"snapshot", source, func(p *plant) error { _, err := p.snapshot("s", "vol-src"); return err },
-			func(p *plant, err error) {
-				if err == nil {
-					p.dek(snapshotDEK("snap-s"))
-				}
-			},
-			func(p *plant, _ error) {
-				if d := p.dek(snapshotDEK("snap-s")); !d.Previous.Equal(p.dek(volumeDEK("vol-src")).Key) {
-					p.t.Error("the snapshot has another key")
-				}
-			}},
-		{"delete", source, func(p *plant) error { return p.delete("vol-src") },
-			func(p *plant, err error) {
-				if slices.Contains(p.wrapped.Volumes(), "vol-src") {
-					p.dek(volumeDEK("vol-src")) // the record never goes first
-				}
-				if err == nil {
-					p.gone(volumeDEK("vol-src"))
-				}
-			}, deleted},
+	made := func(state dek.State) func(*plant) {
+		return func(p *plant) { recorded("vol-new", state)(p, nil) }
+	}
+	return []interruption{
+		{"create", nothing, create(), recorded("vol-new", ""), made(dek.Prepared)},
+		{"restore", snapshotted, create(of("snap-s", "")), recorded("vol-new", ""), made(dek.Rotating)},
+		{"clone", source, create(of("", "vol-src")), recorded("vol-new", ""), made(dek.Rotating)},
+		{"snapshot", source, snapshot, func(p *plant, err error) {
+			if err == nil {
+				p.dek(snapshotDEK("snap-s"))
+			}
+		}, func(p *plant) {
+			if d := p.dek(snapshotDEK("snap-s")); !d.Previous.Equal(p.dek(volumeDEK("vol-src")).Key) {
+				p.t.Error("the snapshot has another key")
+			}
+		}},
+		{"delete", source, func(p *plant) error { return p.delete("vol-src") }, func(p *plant, err error) {
+			if slices.Contains(p.wrapped.Volumes(), "vol-src") {
+				p.dek(volumeDEK("vol-src")) // the record never goes first
+			}
+			if err == nil {
+				p.gone(volumeDEK("vol-src"))
+			}
+		}, func(p *plant) { p.gone(volumeDEK("vol-src")) }},
 		{"delete snapshot", snapshotted, func(p *plant) error {
 			_, err := p.csi.DeleteSnapshot(p.t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: "snap-s"})
 			return err
@@ -564,45 +612,8 @@ func TestFaultsOfTheController(t *testing.T) {
 				p.dek(snapshotDEK("snap-s"))
 			}
 			p.dek(volumeDEK("vol-src"))
-		}, func(p *plant, _ error) { p.gone(snapshotDEK("snap-s")) }},
-		{"expand", source, func(p *plant) error { _, err := p.expand("vol-src", 128*mib); return err }, func(*plant, error) {}, func(*plant, error) {}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			prepare := func(t *testing.T) *plant {
-				p := newPlant(t).start()
-				tt.prepare(p)
-				p.faults.Disarm()
-				return p
-			}
-			p := prepare(t)
-			p.ok("without a fault", tt.do(p))
-			steps := p.faults.Trace()
-			if len(steps) < 2 {
-				t.Fatalf("only %v", steps)
-			}
-			for n, step := range steps {
-				for _, f := range append(faults(), fault{name: "fails for now before", how: func() error { return errdefs.Errorf(errdefs.ErrUnavailable, "injected, try again") }}) {
-					t.Run(fmt.Sprintf("%s step %d %s", f.name, n+1, step), func(t *testing.T) {
-						p := prepare(t)
-						p.faults.Arm(n+1, f.after, f.how)
-						err := tt.do(p)
-						p.faults.Disarm()
-						if f.dies {
-							p.start()
-						}
-						tt.always(p, err)
-						p.ok("again", tt.do(p))
-						tt.after(p, nil)
-						p.ok("and again", tt.do(p))
-						tt.after(p, nil)
-						p.lawful()
-						if status.Code(err) == codes.AlreadyExists {
-							t.Errorf("the fault's answer: %v", err)
-						}
-					})
-				}
-			}
-		})
+		}, func(p *plant) { p.gone(snapshotDEK("snap-s")) }},
+		{"expand", source, func(p *plant) error { _, err := p.expand("vol-src", 128*mib); return err }, func(*plant, error) {}, nothing},
 	}
 }
 
