@@ -423,31 +423,16 @@ func (o *operation) setTop(t luks2.Token) error {
 	case err != nil:
 		return err
 	case fmt.Sprint(has) != fmt.Sprint(lines):
-		err = o.reload(name, table)
+		err = o.reload(name, func() error { return dm.Load(name, table, o.Volume.ReadOnly) })
 	}
 	if err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+		return unavailable(err)
 	}
 	info, err := dm.Status(name)
 	if err == nil {
 		err = dm.MakeNode(name, info.Number)
 	}
-	if err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
-	}
-	return nil
-}
-
-func (o *operation) reload(name string, table []dm.Target) error {
-	if err := dm.Load(name, table, o.Volume.ReadOnly); err != nil {
-		return err
-	}
-	o.step("table loaded")
-	if err := dm.Resume(name); err != nil {
-		return err
-	}
-	o.step("table changed")
-	return nil
+	return unavailable(err)
 }
 
 // verifyTop compares what lies above dm-crypt with what t says.

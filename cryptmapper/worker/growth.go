@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
@@ -147,14 +145,9 @@ func (o *operation) lengthen(dev *device, h *luks2.Header, sectors int64) error 
 	}
 	if s.Integrity.Length < sectors {
 		name := s.Integrity.Info.Name
-		if err := longer(name, name, sectors); err != nil {
+		if err := o.reload(name, func() error { return longer(name, name, sectors) }); err != nil {
 			return err
 		}
-		o.step("longer table of the integrity layer loaded")
-		if err := swap(name); err != nil {
-			return err
-		}
-		o.step("integrity layer grown")
 	}
 	if o.cloned() && s.Crypt.Length < sectors {
 		if err := o.lengthenCrypt(dev, h, o.lower(), sectors); err != nil {
@@ -170,15 +163,9 @@ func (o *operation) lengthen(dev *device, h *luks2.Header, sectors int64) error 
 
 // lengthenCrypt lets a dm-crypt mapping have so many sectors.
 func (o *operation) lengthenCrypt(dev *device, h *luks2.Header, name string, sectors int64) error {
-	if err := o.keyed(dev, h, func() error { return longer(name, name, sectors) }); err != nil {
-		return err
-	}
-	o.step("longer table of the crypt layer loaded")
-	if err := swap(name); err != nil {
-		return err
-	}
-	o.step("crypt layer grown")
-	return nil
+	return o.reload(name, func() error {
+		return o.keyed(dev, h, func() error { return longer(name, name, sectors) })
+	})
 }
 
 // longer loads the table of one mapping, with another length, into the same or
@@ -192,7 +179,7 @@ func longer(from, into string, sectors int64) error {
 		table[0].Length = uint64(sectors)
 		err = dm.Load(into, table, false)
 	}
-	return growing(err)
+	return unavailable(err)
 }
 
 // wipeAside gives every sector of the new area its tag, through a mapping of all
@@ -251,7 +238,7 @@ func (o *operation) second(dev *device, h *luks2.Header, name string) error {
 	if err == nil {
 		err = dm.MakeNode(name, number)
 	}
-	return growing(err)
+	return unavailable(err)
 }
 
 // catchUp lets a mapping without dm-clone that is shorter than the token says
@@ -278,31 +265,4 @@ func (o *operation) keyed(dev *device, h *luks2.Header, do func() error) error {
 	}
 	defer done()
 	return o.withVolumeKey(d, h, do)
-}
-
-// swap makes the table that was loaded the active one, or lets the I/O of a
-// suspended mapping go on. The kernel suspends and resumes within the one call,
-// so that nothing can kill us in between; and it does not try to make room by
-// writing to the volume whose I/O waits. A table that does not fit is gone when
-// it was tried once: then the mapping goes on as it was.
-func swap(name string) error {
-	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
-		return growing(err)
-	}
-	err := dm.Resume(name)
-	if err == nil {
-		return nil
-	}
-	if info, e := dm.Status(name); e == nil && info.Suspended {
-		_ = dm.Resume(name)
-	}
-	return growing(err)
-}
-
-// growing gives what the device-mapper says a class.
-func growing(err error) error {
-	if err == nil {
-		return nil
-	}
-	return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 }
