@@ -29,13 +29,16 @@ type Hydration interface {
 
 // How background hydration makes way for the pod. It runs once nothing was
 // asked of the volume for a while, and pauses when something is. A volume that
-// is never idle gets bursts nevertheless, so that it comes to its end: a
-// twentieth of the time. A burst that took longer than it should, because what
-// it started kept the CPU from us, is followed by a longer pause.
+// is never idle gets bursts nevertheless, so that it comes to its end. A burst
+// is taken for twice as long as it ran, because what it began goes on for a
+// while, and pauses follow it until a twentieth of the time was its. One that
+// ran for longer than it should, because the CPU was kept from us, is followed
+// by a longer pause.
 const (
-	hydrationTick  = 50 * time.Millisecond // how often the volumes are looked at
+	runningTick    = 10 * time.Millisecond  // how often the volumes are looked at while one hydrates
+	pausedTick     = 100 * time.Millisecond // and while none does
 	hydrationIdle  = 300 * time.Millisecond
-	hydrationBurst = hydrationTick
+	hydrationBurst = 2 * runningTick
 	hydrationShare = 20
 	longestPause   = time.Minute
 	progressPeriod = time.Second      // how often their progress is
@@ -163,7 +166,7 @@ func (h *hydrator) scan(ctx context.Context) error {
 			continue
 		}
 		now := time.Now()
-		h.volumes[v.id] = &hydrating{v: v, m: info.Mapping, began: now, on: info.Hydrating, onAt: now, offAt: now, burstAgain: now.Add(hydrationShare * hydrationBurst)}
+		h.volumes[v.id] = &hydrating{v: v, m: info.Mapping, began: now, on: info.Hydrating, onAt: now, offAt: now, burstAgain: now.Add(pauseAfter(hydrationBurst))}
 		h.log.InfoContext(ctx, "hydrating", "volume_id", v.id, "mapping", info.Name, "hydrated", info.Hydrated, "regions", info.Regions)
 	}
 	for id, e := range h.volumes {
@@ -214,31 +217,35 @@ func left(m Mapping) int64 {
 func (h *hydrator) round(ctx context.Context, now time.Time) time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	var next time.Duration
 	var pending []*hydrating
 	for _, e := range h.volumes {
 		if e.full() {
 			h.tryFinish(ctx, e, now)
-			next = cmp.Or(next, progressPeriod)
 			continue
 		}
-		next = hydrationTick
 		pending = append(pending, e)
 	}
-	h.pace(ctx, pending, now)
-	return next
+	switch running := h.pace(ctx, pending, now); {
+	case running > 0:
+		return runningTick
+	case len(pending) > 0:
+		return pausedTick
+	case len(h.volumes) > 0:
+		return progressPeriod
+	}
+	return 0
 }
 
 // pace lets the volumes hydrate that may, as many at once as the node is to
-// have; those that have waited longest come first, and one that runs goes on.
-func (h *hydrator) pace(ctx context.Context, pending []*hydrating, now time.Time) {
+// have; those that have waited longest come first, and one that runs goes on. It
+// returns how many do.
+func (h *hydrator) pace(ctx context.Context, pending []*hydrating, now time.Time) (running int) {
 	slices.SortFunc(pending, func(a, b *hydrating) int {
 		if a.on != b.on {
 			return map[bool]int{true: -1, false: 1}[a.on]
 		}
 		return cmp.Or(a.offAt.Compare(b.offAt), cmp.Compare(a.v.id, b.v.id))
 	})
-	running := 0
 	for _, e := range pending {
 		on := running < h.cfg.Hydrating && !e.m.Suspended && h.may(e, now)
 		if on != e.on {
@@ -248,6 +255,7 @@ func (h *hydrator) pace(ctx context.Context, pending []*hydrating, now time.Time
 			running++
 		}
 	}
+	return running
 }
 
 // may tells whether a volume should hydrate now: it is idle, or has paused for
@@ -285,8 +293,11 @@ func (h *hydrator) set(ctx context.Context, e *hydrating, on bool, now time.Time
 	if !e.burstUntil.Before(e.onAt) { // it was a burst, not idleness
 		ran = max(ran, now.Sub(e.onAt))
 	}
-	e.burstAgain = now.Add(min((hydrationShare-1)*ran, longestPause))
+	e.burstAgain = now.Add(min(pauseAfter(ran), longestPause))
 }
+
+// pauseAfter is how long to pause after a burst that ran for so long.
+func pauseAfter(ran time.Duration) time.Duration { return (hydrationShare - 1) * 2 * ran }
 
 // pauseAll is done when the process ends: nobody would make way for the pods.
 func (h *hydrator) pauseAll() {

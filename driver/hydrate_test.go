@@ -131,8 +131,8 @@ func TestHydrates(t *testing.T) {
 	})
 }
 
-// A pod that is never idle slows hydration to a twentieth or so, and not to
-// nothing; when it is idle again hydration goes on.
+// A pod that is never idle slows hydration to a fortieth or so, and not to
+// nothing: the rest of the time is for what a burst has begun.
 func TestHydrationMakesWay(t *testing.T) {
 	timed(t, plain, func(m *machine) {
 		busy, idle := make(chan struct{}), sync.WaitGroup{}
@@ -151,10 +151,10 @@ func TestHydrationMakesWay(t *testing.T) {
 		defer stop()
 		time.Sleep(hydratesIn)
 		got := m.mapping()
-		if share := float64(got.Hydrated) / float64(got.Regions); got.Regions == 0 || share < .02 || share > .12 {
+		if share := float64(got.Hydrated) / float64(got.Regions); got.Regions == 0 || share < .01 || share > .06 {
 			t.Errorf("beside a pod that never rests %.0f %% hydrated in the time of all", 100*share)
 		}
-		time.Sleep(30 * hydratesIn)
+		time.Sleep(45 * hydratesIn)
 		if got := m.mapping(); got.Regions > 0 {
 			t.Errorf("beside a pod that never rests it does not end: %+v", got)
 		}

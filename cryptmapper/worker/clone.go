@@ -33,10 +33,12 @@ const layerUUID = "CRYPTCSI-"
 // cloneBlock is dm-clone's unit of metadata; the first one is its superblock.
 const cloneBlock = 4096
 
-// What background hydration copies at once, and has under way at most.
+// What background hydration copies at once, and has under way at most: enough
+// to keep a disk busy that answers within milliseconds, and little enough to be
+// over soon when the pod wants the disk.
 const (
-	hydrationBatch = 1 << 20
-	hydrationLimit = 4 << 20
+	hydrationBatch = 128 << 10
+	hydrationLimit = 512 << 10
 )
 
 func (o *operation) cloned() bool { return o.Spec.Layout == dek.LayoutClone }
