@@ -135,6 +135,13 @@ bench-integrity: build ## volumes with integrity: until they are usable, how fas
 	@bin/benchintegrity -host -clock=$(CURDIR)/.cache/bench/clock -- bin/vm -mem 6G -timeout 3h -rw .cache/bench -- \
 		bin/benchintegrity -clock=$(CURDIR)/.cache/bench/clock -out=$(CURDIR)/.cache/bench/integrity.json $(BENCH)
 
+.PHONY: bench-hydration
+bench-hydration: build ## hydrate a volume of 16 GiB once (takes as much disk)
+	$(GOBUILD) -o bin/benchintegrity ./test/benchintegrity
+	@disk=$$(mktemp -p .cache) && trap 'rm -f "$$disk"' EXIT && truncate -s 16G "$$disk" && \
+	bin/benchintegrity -host -clock=$(CURDIR)/.cache/bench/clock -- bin/vm -timeout 3h -rw .cache/bench -disk "$$disk" -- \
+		bin/benchintegrity -clock=$(CURDIR)/.cache/bench/clock -out=$(CURDIR)/.cache/bench/hydration.json -parts=whole -disk=/dev/ubda
+
 .PHONY: bench-keys
 bench-keys: build ## the key service against an empty gRPC echo, a keyring, and a connection for each request; a storm of 1000 nodes
 	CGO_ENABLED=0 $(GOBUILD) -o bin/benchkeys ./test/benchkeys

@@ -99,6 +99,7 @@ func (r *results) speedBars() (bars []bar) {
 		add("not hydrated against wiped", partSpeed, what, unhydrated, wiped, least(what))
 	}
 	for _, what := range []string{seqWrite, randWrite, fsyncWrite} {
+		add("csi-plugin hydrates, against one left alone", partDuring, what, duringNow, duringNever, least(what))
 		add("csi-plugin hydrates, against finished", partDuring, what, duringNow, duringDone, least(what))
 	}
 	for _, what := range workloads() {

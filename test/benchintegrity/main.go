@@ -32,6 +32,7 @@ func main() {
 	size := flag.Int64("size", 512, "MiB of the volumes whose speed is measured")
 	sizes := flag.String("sizes", "1,16,64,256", "GiB of the new volumes")
 	parts := flag.String("parts", "ready,speed,staging,during,flags,choices,regions,area", "what to measure")
+	disk := flag.String("disk", "", "a blank `device`, which is overwritten: for the part whole, which is not measured unless asked for")
 	out := flag.String("out", "", "write the figures to this `file`")
 	clockAt := flag.String("clock", "", "`directory` by which the host tells the guest its CPU time; empty: measure by the time on the wall")
 	asHost := flag.Bool("host", false, "run the command that follows, and answer the clock of the guest that it boots")
@@ -49,7 +50,7 @@ func main() {
 			err = host(ctx, *clockAt, flag.Args())
 		}
 	default:
-		b := &bench{clock: clock{dir: *clockAt}, ctx: context.Background(), rounds: *rounds, time: *length, size: *size * mib}
+		b := &bench{clock: clock{dir: *clockAt}, ctx: context.Background(), rounds: *rounds, time: *length, size: *size * mib, disk: *disk}
 		for s := range strings.SplitSeq(*sizes, ",") {
 			n, e := strconv.ParseInt(s, 10, 64)
 			err = errors.Join(err, e)
@@ -78,6 +79,7 @@ type bench struct {
 	mapper  *cryptmapper.Mapper
 	buf     []byte
 	out     string
+	disk    string
 	results results
 }
 
@@ -102,7 +104,7 @@ func (b *bench) run(parts []string, w io.Writer) (err error) {
 	for _, p := range []struct {
 		name string
 		do   func() error
-	}{{"ready", b.ready}, {"speed", b.speed}, {"staging", b.staging}, {"during", b.during}, {"flags", b.cryptFlags}, {"choices", b.choices}, {"regions", b.regions}, {"area", b.area}} {
+	}{{"ready", b.ready}, {"speed", b.speed}, {"staging", b.staging}, {"during", b.during}, {"flags", b.cryptFlags}, {"choices", b.choices}, {"regions", b.regions}, {"area", b.area}, {"whole", b.whole}} {
 		if !slices.Contains(parts, p.name) {
 			continue
 		}

@@ -27,16 +27,19 @@ const (
 
 // ready measures new volumes of these sizes, as sparse files.
 func (b *bench) ready() error {
-	for range b.rounds {
-		for _, size := range b.sizes {
-			for _, fs := range []string{"block", "ext4", "xfs"} {
-				if err := errors.Join(b.readyOurs(size, fs), b.readyPlain(size, fs)); err != nil {
-					return fmt.Errorf("%s: %w", sized(size, fs), err)
+	err := b.withWiped(func(v *volume, wipe time.Duration) error {
+		for range b.rounds {
+			for _, size := range b.sizes {
+				for _, fs := range []string{"block", "ext4", "xfs"} {
+					if err := errors.Join(b.readyOurs(size, fs), b.readyWiped(v, wipe, size, fs), b.readyPlain(size, fs)); err != nil {
+						return fmt.Errorf("%s: %w", sized(size, fs), err)
+					}
 				}
 			}
 		}
-	}
-	if err := b.readyWiped(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return err
 	}
 	return b.readyTrick()
@@ -45,11 +48,11 @@ func (b *bench) ready() error {
 func sized(size int64, fs string) string { return fmt.Sprintf("%d GiB %s", size/gib, fs) }
 
 // make makes a filesystem as the driver does.
-func (b *bench) make(path, fs string, hydrating bool) (time.Duration, error) {
+func (b *bench) make(path, fs string, integrity bool) (time.Duration, error) {
 	if fs == "block" {
 		return 0, nil
 	}
-	return b.timed(func() error { return driver.Linux{}.Make(b.ctx, path, fs, hydrating) })
+	return b.timed(func() error { return driver.Linux{}.Make(b.ctx, path, fs, integrity) })
 }
 
 func (b *bench) readyOurs(size int64, fs string) error {
@@ -94,11 +97,10 @@ func (b *bench) readyVolume(size int64, fs, subject string, spec dek.Spec, again
 	return err
 }
 
-// readyWiped wipes the smallest volume in full, as volumes were made before, and
-// extrapolates: wiping is linear.
-func (b *bench) readyWiped() (err error) {
-	size := b.sizes[0]
-	i, err := newImage(b.dir, "wiped", size, true)
+// withWiped does something with a volume of the smallest size that was wiped in
+// full, as volumes were made before, and how long that took.
+func (b *bench) withWiped(do func(v *volume, wipe time.Duration) error) (err error) {
+	i, err := newImage(b.dir, "wiped", b.sizes[0], true)
 	if err != nil {
 		return err
 	}
@@ -109,20 +111,23 @@ func (b *bench) readyWiped() (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.close(context.WithoutCancel(b.ctx))) }()
-	for _, fs := range []string{"block", "ext4", "xfs"} {
-		for range b.rounds {
-			mkfs, err := b.make(v.path(), fs, false)
-			if err != nil {
-				return err
-			}
-			b.results.add(partReady, sized(size, fs), wipedNew, "s", (wipe + mkfs).Seconds(), "")
-			if fs != "block" {
-				b.results.add(partMkfs, sized(size, fs), wipedMade, "s", mkfs.Seconds(), "")
-			}
-		}
-		for _, larger := range b.sizes[1:] {
-			b.results.add(partReady, sized(larger, fs), wipedNew, "s", wipe.Seconds()*float64(larger)/float64(size), "extrapolated")
-		}
+	return do(v, wipe)
+}
+
+// readyWiped adds a filesystem to the time of the wipe; for larger sizes it
+// extrapolates the wipe alone, which is linear.
+func (b *bench) readyWiped(v *volume, wipe time.Duration, size int64, fs string) error {
+	if smallest := b.sizes[0]; size != smallest {
+		b.results.add(partReady, sized(size, fs), wipedNew, "s", wipe.Seconds()*float64(size)/float64(smallest), "extrapolated")
+		return nil
+	}
+	mkfs, err := b.make(v.path(), fs, true)
+	if err != nil {
+		return err
+	}
+	b.results.add(partReady, sized(size, fs), wipedNew, "s", (wipe + mkfs).Seconds(), "")
+	if fs != "block" {
+		b.results.add(partMkfs, sized(size, fs), wipedMade, "s", mkfs.Seconds(), "")
 	}
 	return nil
 }

@@ -24,8 +24,9 @@ const (
 	staged     = "with integrity"
 	stagedNone = "encryption only"
 
-	duringDone = "finished"
-	duringNow  = "hydrating"
+	duringDone  = "finished"
+	duringNow   = "hydrating"
+	duringNever = "left alone"
 )
 
 // withNode does something with a node.
@@ -85,7 +86,8 @@ func (b *bench) stagingTime(s *stack.Stack) error {
 }
 
 // duringHydration compares a volume that csi-plugin hydrates, new for each workload, with
-// one that it has finished.
+// one that it has finished, and with one that is as new and that csi-plugin,
+// being stopped, leaves alone.
 func (b *bench) duringHydration(s *stack.Stack) error {
 	done, err := b.raw(s, "done")
 	if err != nil {
@@ -96,33 +98,42 @@ func (b *bench) duringHydration(s *stack.Stack) error {
 		return err
 	}
 	b.results.add(partHydration, whole(b.size), "by csi-plugin", "MiB/s", float64(b.size/mib)/took.Seconds(), "")
+	// Long enough for what hydrated just before to be over.
+	defer func(was time.Duration) { b.time = was }(b.time)
+	b.time *= 3
+	err = b.compare(partDuring, "", []subject{
+		{name: duringDone, up: func() (string, error) { return done.Target, nil }, down: func() error { return nil }},
+		b.under(s, duringNow, func(v *stack.Volume) error { return b.underWay(v) }, func() error { return nil }),
+		b.under(s, duringNever, func(v *stack.Volume) error { return b.stopped(s, v) }, func() error { return unix.Kill(s.PluginPID(), unix.SIGCONT) }),
+	}, workloads())
+	return errors.Join(err, done.Down(b.ctx), done.Delete(b.ctx))
+}
+
+// under is a volume of csi-plugin that is made anew for each workload. begin is
+// done just before that, end after it.
+func (b *bench) under(s *stack.Stack, name string, begin func(*stack.Volume) error, end func() error) subject {
 	var v *stack.Volume
 	n := 0
-	subjects := []subject{
-		{name: duringDone, up: func() (string, error) { return done.Target, nil }, down: func() error { return nil }},
-		{
-			name: duringNow, busy: true,
-			up: func() (path string, err error) {
-				n++
-				v, err = b.raw(s, fmt.Sprintf("new-%d", n))
-				if err != nil {
-					return "", err
-				}
-				return v.Target, nil
-			},
-			begin: func() error { return b.underWay(v) },
-			check: func() error {
-				m, err := b.behind(v)
-				if err == nil && m.Hydrated == m.Regions {
-					err = errors.New("hydration was over before the workload was")
-				}
-				return err
-			},
-			down: func() error { return errors.Join(v.Down(b.ctx), v.Delete(b.ctx)) },
+	return subject{
+		name: name, busy: true,
+		up: func() (path string, err error) {
+			n++
+			v, err = b.raw(s, fmt.Sprintf("%s-%d", strings.ReplaceAll(name, " ", "-"), n))
+			if err != nil {
+				return "", err
+			}
+			return v.Target, nil
 		},
+		begin: func() error { return begin(v) },
+		check: func() error {
+			m, err := b.behind(v)
+			if err == nil && m.Hydrated == m.Regions {
+				err = errors.New("hydration was over before the workload was")
+			}
+			return err
+		},
+		down: func() error { return errors.Join(end(), v.Down(b.ctx), v.Delete(b.ctx)) },
 	}
-	err = b.compare(partDuring, "", subjects, workloads())
-	return errors.Join(err, done.Down(b.ctx), done.Delete(b.ctx))
 }
 
 // raw brings up a raw volume with integrity whose file has all its memory.
@@ -144,8 +155,11 @@ func (b *bench) raw(s *stack.Stack, name string) (*stack.Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
-		return nil, err
+	zeros := make([]byte, mib)
+	for at := int64(0); at < size; at += mib {
+		if _, err := f.WriteAt(zeros[:min(mib, size-at)], at); err != nil {
+			return nil, err
+		}
 	}
 	return v, v.Up(b.ctx)
 }
@@ -165,16 +179,36 @@ func (b *bench) behind(v *stack.Volume) (cryptmapper.Mapping, error) {
 	return list[i], nil
 }
 
-// underWay waits until csi-plugin hydrates the volume.
+// underWay waits until csi-plugin has hydrated some of the volume.
 func (b *bench) underWay(v *stack.Volume) error {
-	first, err := b.behind(v)
-	for until := time.Now().Add(time.Minute); err == nil && time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
-		m, err := b.behind(v)
-		if err != nil || m.Hydrated > first.Hydrated+16 {
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
+		if m, err := b.behind(v); err != nil || m.Hydrated*32 > m.Regions {
 			return err
 		}
 	}
-	return fmt.Errorf("csi-plugin does not begin to hydrate the volume: %w", err)
+	return errors.New("csi-plugin does not hydrate the volume")
+}
+
+// stopped is underWay, and then stops csi-plugin at a moment at which it has
+// paused.
+func (b *bench) stopped(s *stack.Stack, v *stack.Volume) error {
+	if err := b.underWay(v); err != nil {
+		return err
+	}
+	for {
+		if _, err := b.load(v.Target, randRead, 50*time.Millisecond, b.buf); err != nil {
+			return err
+		}
+		if err := unix.Kill(s.PluginPID(), unix.SIGSTOP); err != nil {
+			return err
+		}
+		if m, err := b.behind(v); err != nil || !m.Hydrating {
+			return err
+		}
+		if err := unix.Kill(s.PluginPID(), unix.SIGCONT); err != nil {
+			return err
+		}
+	}
 }
 
 // finishedBy waits until csi-plugin has hydrated all and taken dm-clone away.
