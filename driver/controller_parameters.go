@@ -45,6 +45,7 @@ func LayoutOf(init string) (layout string, known bool) {
 type class struct {
 	integrity, init string // "" where they do not say
 	discard         bool
+	mkfs            string
 	rest            map[string]string // for the wrapped driver
 }
 
@@ -63,6 +64,10 @@ var ownParameters = map[string]func(c *class, value string) error{
 	keyDiscard: func(c *class, value string) error {
 		c.discard = value == "true"
 		return among(value, "true", "false")
+	},
+	keyMkfs: func(c *class, value string) error { // checked when the filesystem is known
+		c.mkfs = value
+		return nil
 	},
 }
 
@@ -120,6 +125,19 @@ func (c class) spec(byType bool) (dek.Spec, error) {
 	return spec, nil
 }
 
+// mark adds to marks what a volume that is used as want needs, where that can
+// be done. A block volume has no filesystem to be made.
+func (c class) mark(marks map[string]string, want intent) error {
+	if c.mkfs == "" || want.AccessType != accessMount {
+		return nil
+	}
+	if _, err := readMkfsOptions(want.newFSType(), c.mkfs); err != nil {
+		return errdefs.Errorf(errdefs.ErrInvalid, "parameter %w", err)
+	}
+	marks[keyMkfs] = c.mkfs
+	return nil
+}
+
 // noneOfOurs refuses parameters of ours where none can be.
 func noneOfOurs(what string, parameters map[string]string) error {
 	for key := range ownEntries(parameters) {
@@ -131,6 +149,7 @@ func noneOfOurs(what string, parameters map[string]string) error {
 // wish is what a controller's request asks of a volume.
 type wish struct {
 	spec         dek.Spec                // without a name
+	marks        map[string]string       // for the volume context, what the node needs and the spec does not say
 	parameters   map[string]string       // the wrapped driver's
 	capabilities []*csi.VolumeCapability // as the wrapped driver gets them
 }
@@ -145,7 +164,7 @@ func (c *Controller) readWish(parameters map[string]string, capabilities []*csi.
 	if err := c.wrapped.profile.refuses(class.rest); err != nil {
 		return wish{}, err
 	}
-	w := wish{parameters: class.rest}
+	w := wish{parameters: class.rest, marks: map[string]string{}}
 	wants := make([]intent, len(capabilities))
 	integrity := false
 	for i, capability := range capabilities {
@@ -157,6 +176,9 @@ func (c *Controller) readWish(parameters map[string]string, capabilities []*csi.
 			return wish{}, errdefs.Errorf(errdefs.ErrInvalid, "the filesystem's name %q asks for integrity, and %s says %q", capability.GetMount().GetFsType(), keyIntegrity, noIntegrity)
 		}
 		integrity = integrity || byType
+		if err := class.mark(w.marks, want); err != nil {
+			return wish{}, err
+		}
 		wants[i] = want
 		w.capabilities = append(w.capabilities, c.inner(capability, want))
 	}
@@ -198,11 +220,12 @@ func (c *Controller) innerOf(capability *csi.VolumeCapability) (*csi.VolumeCapab
 
 // volumeContext is the wrapped driver's with our marks. ErrState where they do
 // not fit in.
-func volumeContext(theirs map[string]string, integrity dek.Integrity) (map[string]string, error) {
+func volumeContext(theirs, marks map[string]string, integrity dek.Integrity) (map[string]string, error) {
 	all := foreign(theirs)
 	if all == nil {
 		all = map[string]string{}
 	}
+	maps.Copy(all, marks)
 	all[keyEncrypted] = "1"
 	if integrity != dek.IntegrityNone {
 		all[keyIntegrity] = string(integrity)

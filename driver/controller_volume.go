@@ -17,6 +17,7 @@ type provisioning struct {
 	inner  *csi.CreateVolumeRequest
 	limit  int64
 	spec   dek.Spec
+	marks  map[string]string
 	source dek.ID // "": a new disk
 }
 
@@ -65,7 +66,7 @@ func (c *Controller) newProvisioning(req *csi.CreateVolumeRequest) (*provisionin
 	}
 	p := &provisioning{
 		Controller: c, inner: proto.CloneOf(req), limit: req.GetCapacityRange().GetLimitBytes(),
-		spec: wish.spec,
+		spec: wish.spec, marks: wish.marks,
 	}
 	p.spec.Name = req.GetName()
 	if err := p.spec.Validate(); err != nil {
@@ -139,7 +140,7 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 		return nil, errdefs.Errorf(errdefs.ErrExists, "wrapped driver %s answered with volume %s, which is in the list of unencrypted volumes: it is left as it is; if that one was deleted and its ID given again, take it out of the list", p.wrapped.name, volumeID)
 	}
 	out := proto.CloneOf(resp)
-	if out.Volume.VolumeContext, err = volumeContext(resp.GetVolume().GetVolumeContext(), p.spec.Integrity); err != nil {
+	if out.Volume.VolumeContext, err = volumeContext(resp.GetVolume().GetVolumeContext(), p.marks, p.spec.Integrity); err != nil {
 		return nil, err
 	}
 	out.Volume.CapacityBytes = usableSize(resp.GetVolume().GetCapacityBytes(), p.spec)

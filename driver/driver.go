@@ -39,6 +39,7 @@ const KeyPrefix = "cryptcsi.io/"
 const (
 	keyIntegrity = KeyPrefix + "integrity" // asks for authenticated sectors
 	keyEncrypted = KeyPrefix + "encrypted" // the controller's mark, "1"
+	keyMkfs      = KeyPrefix + "mkfs-options"
 )
 
 // MappingPrefix begins the name of every mapping of ours.

@@ -22,6 +22,24 @@ var (
 
 const SuperArea = superArea
 
+// ReadMkfsOptions is for the test that every flag that is offered works.
+var ReadMkfsOptions = readMkfsOptions
+
+// MkfsFlags returns what can be set for a filesystem: flags, and for lists
+// "flag name".
+func MkfsFlags(fstype string) []string {
+	var all []string
+	for name, flag := range mkfsFlags[fstype] {
+		if flag.list == nil {
+			all = append(all, name)
+		}
+		for item := range flag.list {
+			all = append(all, name+" "+item)
+		}
+	}
+	return all
+}
+
 // For tests of the controller.
 var (
 	DeviceSize = deviceSize

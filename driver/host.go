@@ -6,9 +6,10 @@ import "context"
 // concurrent use on different devices. FSTypes says which types there are.
 type Filesystems interface {
 	// Make puts an empty filesystem on the device, whatever is there, and does
-	// not discard. It may be repeated after a crash at any instant. shifted says
-	// that what the device tells of its geometry means nothing.
-	Make(ctx context.Context, device, fstype string, shifted bool) error
+	// not discard. It may be repeated after a crash at any instant. options are
+	// mkfs's own, checked before; shifted says that what the device tells of its
+	// geometry means nothing.
+	Make(ctx context.Context, device, fstype string, options []string, shifted bool) error
 	// Probe tells which filesystem is on the device: a zero FSInfo where there
 	// is none that we know. It writes nothing. The device must not be mounted.
 	Probe(ctx context.Context, device string) (FSInfo, error)

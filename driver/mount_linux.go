@@ -38,19 +38,22 @@ const repairTime = 30 * time.Minute
 // are in use, through dm-clone it would lose them, and on a large device it
 // takes long. ext4's journal is not zeroed, which on a large volume is most of
 // what mkfs writes: what lies there reads as zeros, or as noise under a key that
-// is as new as the volume, and never as a journal that somebody wrote.
-func (Linux) Make(ctx context.Context, device, fstype string, shifted bool) error {
+// is as new as the volume, and never as a journal that somebody wrote. Of
+// a flag that is there twice the last one counts, but for xfs's lists.
+func (Linux) Make(ctx context.Context, device, fstype string, options []string, shifted bool) error {
 	switch fstype {
 	case "ext4":
-		return run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", device)
+		more, extended := takeFlag(options, "-E")
+		extended = strings.TrimSuffix("nodiscard,lazy_itable_init=1,lazy_journal_init=1,"+extended, ",")
+		return run(ctx, "mkfs.ext4", slices.Concat([]string{"-q", "-F", "-m", "0", "-E", extended}, more, []string{device})...)
 	case "xfs":
 		args := []string{"-q", "-f", "-K"}
 		if shifted { // dm-clone's regions are no stripes: the log would be padded to them
 			args = append(args, "-d", "noalign")
 		}
-		return run(ctx, "mkfs.xfs", append(args, device)...)
+		return run(ctx, "mkfs.xfs", slices.Concat(args, options, []string{device})...)
 	case "btrfs":
-		return run(ctx, "mkfs.btrfs", "-q", "-f", "-K", device)
+		return run(ctx, "mkfs.btrfs", slices.Concat([]string{"-q", "-f", "-K"}, options, []string{device})...)
 	}
 	return errdefs.Errorf(errdefs.ErrInvalid, "filesystem %q cannot be made: use one of %v", fstype, FSTypes())
 }

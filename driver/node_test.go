@@ -60,7 +60,7 @@ func TestPublishOverSomethingElse(t *testing.T) {
 	m := newMachine(t).start()
 	m.ok("stage", m.stage(mountCap("")))
 	other := m.kernel.AddDisk(mib)
-	m.ok("mkfs", m.kernel.Make(t.Context(), other, "xfs", false))
+	m.ok("mkfs", m.kernel.Make(t.Context(), other, "xfs", nil, false))
 	m.ok("mkdir", os.MkdirAll(m.target("a"), 0o700))
 	m.ok("mount", m.kernel.Mount(t.Context(), other, m.target("a"), "xfs", nil))
 	m.refused("publish", m.publish(mountCap(""), "a", false), codes.AlreadyExists, "another device")

@@ -1,11 +1,21 @@
 package driver_test
 
 import (
+	"cmp"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"google.golang.org/grpc/codes"
 
 	"github.com/cryptcsi/cryptcsi/dek"
+	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/errdefs"
+	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
 // The record says whether a volume may discard; a copy may say it otherwise.
@@ -40,4 +50,191 @@ func TestDiscardOnANode(t *testing.T) {
 		m.ok("unstage", m.unstage())
 		m.clean()
 	}
+}
+
+// Options for mkfs are checked when the volume is created, stand in its context,
+// and reach the first mkfs and no other.
+func TestMkfsOptions(t *testing.T) {
+	const options = "-i 16384  -m 1.5"
+	p := newPlant(t).start()
+	v := p.mustCreate(request("pvc-1", with("cryptcsi.io/mkfs-options", options)))
+	if got := v.GetVolumeContext()["cryptcsi.io/mkfs-options"]; got != options {
+		t.Errorf("the context says %q", got)
+	}
+	v = p.mustCreate(request("pvc-2", with("cryptcsi.io/mkfs-options", options), as(blockCap())))
+	if got, there := v.GetVolumeContext()["cryptcsi.io/mkfs-options"]; there {
+		t.Errorf("a block volume's context says %q", got)
+	}
+	_, err := p.create(request("pvc-3", with("cryptcsi.io/mkfs-options", "-i 16384"), as(mountCap("ext4"), mountCap("xfs"))))
+	p.refused("another filesystem's", err, codes.InvalidArgument, "parameter cryptcsi.io/mkfs-options", `"16384"`)
+
+	m := newMachine(t)
+	stage := func(options string) error {
+		r := m.stageRequest(mountCap("ext4"))
+		r.VolumeContext["cryptcsi.io/mkfs-options"] = options
+		_, err := m.node.NodeStageVolume(t.Context(), r)
+		return err
+	}
+	m.start()
+	m.refused("a device among the options", stage("-i 16384 /dev/sda"), codes.InvalidArgument, "/dev/sda")
+	if m.count("Make") > 0 {
+		t.Error("mkfs ran")
+	}
+	m.ok("stage", stage(options))
+	if got := m.kernel.MadeWith(m.mapping().Path); !slices.Equal(got, []string{"-i", "16384", "-m", "1.5"}) {
+		t.Errorf("mkfs got %q", got)
+	}
+	m.ok("unstage", m.unstage())
+	m.ok("stage of a volume that has its filesystem", stage("-x"))
+	if m.count("Make") != 1 {
+		t.Error("mkfs ran again")
+	}
+	m.ok("unstage", m.unstage())
+	m.clean()
+}
+
+// Where the wrapped driver makes the filesystem nobody would obey them.
+func TestMkfsOptionsOfAVolumeThatIsHandedOver(t *testing.T) {
+	m := newMachine(t)
+	m.cfg.StageWith = driver.StageWithWrapped
+	m.start()
+	r := m.stageRequest(mountCap("ext4"))
+	r.VolumeContext["cryptcsi.io/mkfs-options"] = "-m 1"
+	_, err := m.node.NodeStageVolume(t.Context(), r)
+	m.refused("stage", err, codes.InvalidArgument, "cryptcsi.io/mkfs-options", "--stage-with=wrapped")
+	m.clean()
+}
+
+func TestMkfsOptionsAreRefused(t *testing.T) {
+	for _, tt := range []struct{ fstype, options, says string }{
+		{"ext4", "-n 1", `"-n"`}, // tries without doing
+		{"ext4", "-F -m 1", `"-F"`},
+		{"ext4", "-d /etc", `"-d"`},
+		{"ext4", "-U clear", `"-U"`},
+		{"ext4", "-q", `"-q"`},
+		{"ext4", "-i16384", `"-i16384"`},
+		{"ext4", "-i", "no value"},
+		{"ext4", "-m 1 -m 2", "twice"},
+		{"ext4", "/dev/sda", `"/dev/sda" is no flag`},
+		{"ext4", "-m 1 /dev/sda", `"/dev/sda" is no flag`},
+		{"ext4", "-i 16384 -- /dev/sda", `"--"`},
+		{"ext4", "-m 51", `"51"`},
+		{"ext4", "-m -1", `"-1"`},
+		{"ext4", "-i 16k", `"16k"`},
+		{"ext4", "-b 1024", `"1024"`},
+		{"ext4", "-L -n", `"-n"`},
+		{"ext4", "-L a/b", `"a/b"`},
+		{"ext4", "-E discard", `"discard"`},
+		{"ext4", "-E stride=4,offset=4096", `"offset"`},
+		{"ext4", "-E stride", "stride: "},
+		{"ext4", "-E test_fs", `"test_fs"`},
+		{"ext4", "-E ", "no value"},
+		{"ext4", "-E ,", `""`},
+		{"ext4", "-J device=/dev/sdb", `"device"`},
+		{"ext4", "-O ^has_journal", `"^has_journal"`},
+		{"ext4", "-O ^extent,quota", `"^extent"`},
+		{"ext4", "-O none", `"none"`},
+		{"ext4", "-O quota=1", "quota takes no value"},
+		{"ext4", "-T floppy", `"floppy"`},
+		{"xfs", "-d file=1,name=/etc/passwd", `"file"`},
+		{"xfs", "-d size=64m", `"size"`},
+		{"xfs", "-l logdev=/dev/sdb", `"logdev"`},
+		{"xfs", "-r rtdev=/dev/sdb", `"-r"`},
+		{"xfs", "-p /etc/proto", `"-p"`},
+		{"xfs", "-c options=/etc/x", `"-c"`},
+		{"xfs", "-N 1", `"-N"`},
+		{"xfs", "-m uuid=0", `"uuid"`},
+		{"xfs", "-L abcdefghijklm", `"abcdefghijklm"`},
+		{"btrfs", "-r /etc", `"-r"`},
+		{"btrfs", "-b 1000000", `"-b"`},
+		{"btrfs", "-m raid1", `"raid1"`},
+		{"btrfs", "--csum none", `"none"`},
+		{"ext4", strings.Repeat(" ", 513), "513 bytes"},
+	} {
+		words, err := driver.ReadMkfsOptions(tt.fstype, tt.options)
+		if !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), tt.says) || !strings.Contains(err.Error(), "cryptcsi.io/mkfs-options") {
+			t.Errorf("%s %q: %q, %v, want ErrInvalid with %s", tt.fstype, tt.options, words, err, tt.says)
+		}
+	}
+}
+
+// TestMkfsTakesEveryOption: what is offered is what mkfs knows.
+func TestMkfsTakesEveryOption(t *testing.T) {
+	values := map[string]string{ // 1 where it is not here
+		"ext4 -b": "4096", "ext4 -i": "16384", "ext4 -I": "512", "ext4 -J size": "8", "ext4 -L": "label_16_bytes.a", "ext4 -m": "2.5",
+		"ext4 -N": "20000", "ext4 -E root_owner": "1000:1000", "ext4 -E stride": "4", "ext4 -E stripe_width": "16",
+		"xfs -b size": "4096", "xfs -d agcount": "5", "xfs -i size": "1024", "xfs -i maxpct": "50", "xfs -l size": "80m", "xfs -L": "label_of_12b", "xfs -n size": "8192",
+		"btrfs --csum": "sha256", "btrfs -d": "dup", "btrfs -m": "single", "btrfs -L": "label", "btrfs -n": "16k",
+	}
+	without := func(item string) bool { // what nothing follows
+		return strings.Contains(item, " -O ") || strings.HasPrefix(item, "btrfs -R") || strings.HasPrefix(item, "ext4 -T")
+	}
+	for _, fstype := range driver.FSTypes() {
+		kernel.Need(t, "exec:mkfs."+fstype)
+		for _, item := range driver.MkfsFlags(fstype) {
+			flag, name, list := strings.Cut(item, " ")
+			value := cmp.Or(values[fstype+" "+item], "1")
+			switch {
+			case without(fstype + " " + item):
+				value = name
+			case list:
+				value = name + "=" + value
+			}
+			words, err := driver.ReadMkfsOptions(fstype, flag+" "+value)
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			device := sparse(t, 512*mib)
+			if err := (driver.Linux{}).Make(t.Context(), device, fstype, words, true); err != nil {
+				t.Errorf("%s %s: %v", fstype, words, err)
+			}
+			if got, err := (driver.Linux{}).Probe(t.Context(), device); err != nil || got.Type != fstype {
+				t.Errorf("%s %s: made %+v, %v", fstype, words, got, err)
+			}
+		}
+	}
+}
+
+// TestMkfsObeys: together with our own options.
+func TestMkfsObeys(t *testing.T) {
+	kernel.Need(t, "exec:mkfs.ext4", "exec:mkfs.xfs", "exec:dumpe2fs", "exec:xfs_db")
+	make := func(fstype, options string, shifted bool) string {
+		words, err := driver.ReadMkfsOptions(fstype, options)
+		if err != nil {
+			t.Fatal(err)
+		}
+		device := sparse(t, 512*mib)
+		if err := (driver.Linux{}).Make(t.Context(), device, fstype, words, shifted); err != nil {
+			t.Fatal(err)
+		}
+		return device
+	}
+	holds := func(out []byte, err error, words ...string) {
+		t.Helper()
+		text := strings.Join(strings.Fields(string(out)), " ")
+		for _, w := range words {
+			if err != nil || !strings.Contains(text, w) {
+				t.Errorf("%v, want %q in %s", err, w, text)
+			}
+		}
+	}
+	out, err := exec.Command("dumpe2fs", "-h", make("ext4", "-E stride=4,root_owner=7:8 -i 65536 -m 10 -L data", false)).CombinedOutput()
+	holds(out, err, "Inode count: 8192 ", "Reserved block count: 13107 ", "volume name: data ", "RAID stride: 4 ", "Total journal size: 16M")
+	out, err = exec.Command("xfs_db", "-r", "-c", "sb 0", "-c", "print agcount inodesize unit", make("xfs", "-d agcount=7 -i size=1024", true)).CombinedOutput()
+	holds(out, err, "agcount = 7", "inodesize = 1024", "unit = 0")
+}
+
+// sparse is a file of zeros.
+func sparse(t *testing.T, size int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	err := os.WriteFile(path, nil, 0o600)
+	if err == nil {
+		err = os.Truncate(path, size)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

@@ -35,6 +35,7 @@ type staging struct {
 	v         volume
 	want      intent
 	integrity dek.Integrity // at least this
+	mkfs      string        // options for a filesystem that is made now
 
 	caps nodeCapabilities
 	dev  Device
@@ -63,7 +64,7 @@ func (d *Driver) newStaging(req *csi.NodeStageVolumeRequest) (*staging, error) {
 	}
 	want.StagingPath = path
 	want.HandedOver = d.cfg.StageWith == StageWithWrapped && want.AccessType == accessMount
-	s := &staging{Driver: d, req: req, v: v, want: want}
+	s := &staging{Driver: d, req: req, v: v, want: want, mkfs: req.GetVolumeContext()[keyMkfs]}
 	if s.v.dek, err = d.askedDEK(v, req.GetVolumeContext()); err != nil {
 		return nil, err
 	}
@@ -128,6 +129,7 @@ func (d *Driver) askedIntegrity(byType bool, volumeContext map[string]string) (d
 		case key == keyEncrypted:
 			return invalid("%s: %q: a volume cannot ask for less than the node's policy", key, value)
 		case key == keyDEKID: // see askedDEK
+		case key == keyMkfs: // see makeFilesystem
 		default:
 			return invalid("%s is not known to this version; it may ask for protection that would not be given", key)
 		}
@@ -438,6 +440,8 @@ func (s *staging) fill(ctx context.Context) error {
 	switch {
 	case s.m.Made:
 		return s.checkFilesystem()
+	case s.want.HandedOver && s.mkfs != "":
+		return errdefs.Errorf(errdefs.ErrInvalid, "%s: on this node the wrapped driver makes filesystems (--stage-with=%s), and it does not take them", keyMkfs, StageWithWrapped)
 	case s.want.HandedOver:
 		return s.checkEmpty()
 	}
@@ -458,14 +462,15 @@ func (s *staging) checkFilesystem() error {
 
 // makeFilesystem is forced: a killed mkfs leaves a signature that never mounts.
 func (s *staging) makeFilesystem(ctx context.Context) error {
-	fstype := s.want.FSType
-	if fstype == "" {
-		fstype = FSTypes()[0]
-	}
-	if err := s.cfg.Filesystems.Make(ctx, s.m.Path, fstype, s.m.Integrity != dek.IntegrityNone); err != nil {
+	fstype := s.want.newFSType()
+	options, err := readMkfsOptions(fstype, s.mkfs)
+	if err != nil {
 		return err
 	}
-	s.log.InfoContext(ctx, "formatted", "volume_id", s.v.id, "device", s.dev.Number, "filesystem", fstype)
+	if err := s.cfg.Filesystems.Make(ctx, s.m.Path, fstype, options, s.m.Integrity != dek.IntegrityNone); err != nil {
+		return err
+	}
+	s.log.InfoContext(ctx, "formatted", "volume_id", s.v.id, "device", s.dev.Number, "filesystem", fstype, "options", s.mkfs)
 	s.fs = FSInfo{Type: fstype, Size: s.m.Size, Clean: true}
 	return s.markMade(ctx)
 }

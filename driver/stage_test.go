@@ -409,7 +409,7 @@ func TestTheDeviceThatIsHandedOut(t *testing.T) {
 	t.Run("mounted in the clear", func(t *testing.T) {
 		m := newMachine(t).start()
 		dir := t.TempDir()
-		m.ok("mkfs", m.kernel.Make(t.Context(), m.disk.Path, "ext4", false))
+		m.ok("mkfs", m.kernel.Make(t.Context(), m.disk.Path, "ext4", nil, false))
 		m.ok("mount", m.kernel.Mount(t.Context(), m.disk.Path, dir, "ext4", nil))
 		m.refused("stage", m.stage(ext4), codes.FailedPrecondition, "mounted unencrypted at "+dir)
 		m.ok("unmount", m.kernel.Unmount(t.Context(), dir))

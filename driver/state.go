@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -53,6 +54,9 @@ const (
 	accessMount = "mount"
 	accessBlock = "block"
 )
+
+// newFSType is what a volume that is asked for so is formatted with.
+func (i intent) newFSType() string { return cmp.Or(i.FSType, FSTypes()[0]) }
 
 // intent is how a volume is asked to be staged.
 type intent struct {

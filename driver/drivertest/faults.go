@@ -216,8 +216,8 @@ func (x faultyHost) Unmount(ctx context.Context, target string) error {
 	return x.f.Step("Unmount", func() error { return x.h.Unmount(ctx, target) })
 }
 
-func (x faultyHost) Make(ctx context.Context, device, fstype string, shifted bool) error {
-	return x.f.Step("Make", func() error { return x.h.Make(ctx, device, fstype, shifted) })
+func (x faultyHost) Make(ctx context.Context, device, fstype string, options []string, shifted bool) error {
+	return x.f.Step("Make", func() error { return x.h.Make(ctx, device, fstype, options, shifted) })
 }
 
 func (x faultyHost) Probe(ctx context.Context, device string) (driver.FSInfo, error) {

@@ -410,11 +410,12 @@ func (k *Kernel) Unmount(ctx context.Context, target string) error {
 
 // superblock is what a filesystem of this machine consists of: everything.
 type superblock struct {
-	Type  string
-	UUID  string
-	Size  int64
-	Dirty bool
-	Files map[string]string
+	Type    string
+	UUID    string
+	Size    int64
+	Dirty   bool
+	Options []string // of its mkfs
+	Files   map[string]string
 }
 
 // The superblock lies behind where boot sectors lie.
@@ -423,6 +424,14 @@ const (
 	superLength = 64 << 10
 	superMagic  = "fakefs:"
 )
+
+// MadeWith returns the options that the filesystem on a device was made with.
+func (k *Kernel) MadeWith(path string) []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	s, _ := k.superblock(k.nodes[path])
+	return s.Options
+}
 
 func (k *Kernel) superblock(number string) (superblock, error) {
 	d, base, _, _, err := k.device(number)
@@ -459,7 +468,7 @@ func (k *Kernel) putSuperblock(number string, s superblock) error {
 }
 
 // Make is driver.Filesystems'. On a mapping that is finished it is a violation.
-func (k *Kernel) Make(ctx context.Context, device, fstype string, _ bool) error {
+func (k *Kernel) Make(ctx context.Context, device, fstype string, options []string, _ bool) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := ctx.Err(); err != nil {
@@ -481,7 +490,7 @@ func (k *Kernel) Make(ctx context.Context, device, fstype string, _ bool) error 
 	if err != nil {
 		return err
 	}
-	return k.putSuperblock(number, superblock{Type: fstype, UUID: dek.NewUUID(), Size: size})
+	return k.putSuperblock(number, superblock{Type: fstype, UUID: dek.NewUUID(), Size: size, Options: options})
 }
 
 // users counts who has the device open.

@@ -57,7 +57,7 @@ func RunMounts(t *testing.T, h HostHarness) {
 				t.Fatal(err)
 			}
 			m.number = dev.Number
-			if err := h.Host.Make(t.Context(), m.device, h.Types[0], false); err != nil {
+			if err := h.Host.Make(t.Context(), m.device, h.Types[0], nil, false); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(m.unmountEverything)
@@ -287,11 +287,11 @@ func RunFilesystems(t *testing.T, h HostHarness) {
 
 func testFilesystem(t *testing.T, h HostHarness, fstype string) {
 	ctx, device, dir := t.Context(), h.NewDevice(t, fsSize), t.TempDir()
-	if err := h.Host.Make(cancelled(ctx), device, fstype, false); err == nil {
+	if err := h.Host.Make(cancelled(ctx), device, fstype, nil, false); err == nil {
 		t.Error("a cancelled caller got a filesystem")
 	}
 	for i, made := range append(slices.Clone(h.Types), fstype, fstype) { // over each other
-		if err := h.Host.Make(ctx, device, made, i%2 == 0); err != nil {
+		if err := h.Host.Make(ctx, device, made, nil, i%2 == 0); err != nil {
 			t.Fatalf("making %s: %v", made, err)
 		}
 		// A filesystem does not use the last bytes of every device.

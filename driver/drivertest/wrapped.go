@@ -251,7 +251,7 @@ func (w *Wrapped) mountDevice(ctx context.Context, d *Disk, publishContext map[s
 		fstype = "ext4"
 	}
 	if info.Type == "" {
-		if err := w.Kernel.Make(ctx, device, fstype, true); err != nil {
+		if err := w.Kernel.Make(ctx, device, fstype, nil, true); err != nil {
 			return err
 		}
 	}

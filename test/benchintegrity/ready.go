@@ -52,7 +52,7 @@ func (b *bench) make(path, fs string, integrity bool) (time.Duration, error) {
 	if fs == "block" {
 		return 0, nil
 	}
-	return b.timed(func() error { return driver.Linux{}.Make(b.ctx, path, fs, integrity) })
+	return b.timed(func() error { return driver.Linux{}.Make(b.ctx, path, fs, nil, integrity) })
 }
 
 func (b *bench) readyOurs(size int64, fs string) error {
