@@ -39,6 +39,12 @@ type Stack struct {
 // DiscardOption is the one in dm-crypt's table that lets discards through.
 const DiscardOption = "allow_discards"
 
+// PerformanceOptions are those in dm-crypt's table that say on which CPUs and in
+// which contexts it works, and nothing of what it does.
+func PerformanceOptions() []string {
+	return []string{"no_read_workqueue", "no_write_workqueue", "same_cpu_crypt", "submit_from_crypt_cpus"}
+}
+
 // CryptTable is a dm-crypt table line. Sectors have 512 bytes.
 type CryptTable struct {
 	Length   int64 // sectors
@@ -48,6 +54,9 @@ type CryptTable struct {
 	Device   dm.Number
 	Offset   int64 // sectors
 	Options  []string
+	// Performance holds the options that are in PerformanceOptions. Options has
+	// all others; both are sorted.
+	Performance []string
 }
 
 // IntegrityTable is a dm-integrity table line and its status.
@@ -180,10 +189,15 @@ func parseCrypt(t dm.Target) (CryptTable, error) {
 	if c.Offset, err = strconv.ParseInt(f[4], 10, 64); err != nil {
 		return c, fmt.Errorf("dm-crypt table: %w", err)
 	}
-	if len(f) > 6 {
-		c.Options = f[6:]
-		slices.Sort(c.Options)
+	for _, option := range f[min(6, len(f)):] {
+		if slices.Contains(PerformanceOptions(), option) {
+			c.Performance = append(c.Performance, option)
+		} else {
+			c.Options = append(c.Options, option)
+		}
 	}
+	slices.Sort(c.Options)
+	slices.Sort(c.Performance)
 	return c, nil
 }
 
@@ -227,15 +241,16 @@ func parseIntegrity(t dm.Target) (IntegrityTable, error) {
 // Mapping returns the stack in the words of Mapper's callers.
 func (s Stack) Mapping() Mapping {
 	m := Mapping{
-		Name:      s.Top.Name,
-		Path:      dm.Path(s.Top.Name),
-		Number:    s.Top.Number.String(),
-		Backing:   s.Crypt.Device.String(),
-		Size:      s.Size(),
-		ReadOnly:  s.Top.ReadOnly,
-		Cipher:    s.Crypt.Cipher,
-		Discard:   slices.Contains(s.Crypt.Options, DiscardOption),
-		Suspended: s.Top.Suspended || s.Lower.Suspended,
+		Name:        s.Top.Name,
+		Path:        dm.Path(s.Top.Name),
+		Number:      s.Top.Number.String(),
+		Backing:     s.Crypt.Device.String(),
+		Size:        s.Size(),
+		ReadOnly:    s.Top.ReadOnly,
+		Cipher:      s.Crypt.Cipher,
+		Discard:     slices.Contains(s.Crypt.Options, DiscardOption),
+		Performance: strings.Join(s.Crypt.Performance, ","),
+		Suspended:   s.Top.Suspended || s.Lower.Suspended,
 	}
 	if c := s.Clone; c != nil {
 		m.Hydrated, m.Regions, m.Hydrating = c.Hydrated, c.Regions, c.Hydrating

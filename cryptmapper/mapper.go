@@ -26,6 +26,10 @@ type Volume struct {
 	Name     string // of the mapping, see CheckName
 	Device   string // path of the block device's node
 	ReadOnly bool   // nothing can be written through the mapping
+	// Performance is a comma list of dm-crypt's options that change how it works
+	// and not what it does, see PerformanceOptions. Open obeys it where it makes
+	// the mapping; one that is there keeps its own.
+	Performance string
 }
 
 // Mapping is an open crypt device, as the kernel shows it.
@@ -39,7 +43,9 @@ type Mapping struct {
 	Cipher    string        // dm-crypt's notation
 	Integrity dek.Integrity // what the layer below authenticates
 	Discard   bool          // discards reach the device, if that takes them
-	Suspended bool
+	// Performance is what Volume's asked for when the mapping was made, sorted.
+	Performance string
+	Suspended   bool
 
 	// How far dm-clone has come while the volume hydrates: both 0 where there
 	// is nothing to hydrate.

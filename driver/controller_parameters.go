@@ -46,6 +46,7 @@ type class struct {
 	integrity, init string // "" where they do not say
 	discard         bool
 	mkfs            string
+	performance     string
 	rest            map[string]string // for the wrapped driver
 }
 
@@ -69,6 +70,34 @@ var ownParameters = map[string]func(c *class, value string) error{
 		c.mkfs = value
 		return nil
 	},
+	keyPerformance: func(c *class, value string) (err error) {
+		c.performance, err = readPerformance(value)
+		return err
+	},
+}
+
+// performanceOptions are dm-crypt's that a volume may ask for: on which CPUs and
+// in which contexts it works.
+func performanceOptions() []string {
+	return []string{"no_read_workqueue", "no_write_workqueue", "same_cpu_crypt", "submit_from_crypt_cpus"}
+}
+
+// readPerformance returns a list of them, sorted and each once.
+func readPerformance(value string) (string, error) {
+	if value == "" {
+		return "", nil
+	}
+	asked := strings.Split(value, ",")
+	for _, option := range asked {
+		if option == "high_priority" {
+			return "", errdefs.Errorf(errdefs.ErrInvalid, "performance option high_priority is not offered: it needs Linux 6.10 and libcryptsetup 2.8, and this version is built with an older one")
+		}
+		if !slices.Contains(performanceOptions(), option) {
+			return "", errdefs.Errorf(errdefs.ErrInvalid, "performance option %q is not offered: there are %s, with commas in between", option, strings.Join(performanceOptions(), ", "))
+		}
+	}
+	slices.Sort(asked)
+	return strings.Join(slices.Compact(asked), ","), nil
 }
 
 func among(value string, allowed ...string) error {
@@ -128,6 +157,9 @@ func (c class) spec(byType bool) (dek.Spec, error) {
 // mark adds to marks what a volume that is used as want needs, where that can
 // be done. A block volume has no filesystem to be made.
 func (c class) mark(marks map[string]string, want intent) error {
+	if c.performance != "" {
+		marks[keyPerformance] = c.performance
+	}
 	if c.mkfs == "" || want.AccessType != accessMount {
 		return nil
 	}

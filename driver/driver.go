@@ -40,6 +40,8 @@ const (
 	keyIntegrity = KeyPrefix + "integrity" // asks for authenticated sectors
 	keyEncrypted = KeyPrefix + "encrypted" // the controller's mark, "1"
 	keyMkfs      = KeyPrefix + "mkfs-options"
+
+	keyPerformance = KeyPrefix + "performance"
 )
 
 // MappingPrefix begins the name of every mapping of ours.

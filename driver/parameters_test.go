@@ -238,3 +238,41 @@ func sparse(t *testing.T, size int64) string {
 	}
 	return path
 }
+
+// Performance options stand in the context in one order, and reach each mapping
+// that is made.
+func TestPerformanceOptions(t *testing.T) {
+	p := newPlant(t).start()
+	v := p.mustCreate(request("pvc-1", with("cryptcsi.io/performance", "same_cpu_crypt,no_write_workqueue,same_cpu_crypt")))
+	const sorted = "no_write_workqueue,same_cpu_crypt"
+	if got := v.GetVolumeContext()["cryptcsi.io/performance"]; got != sorted {
+		t.Errorf("the context says %q", got)
+	}
+	for value, says := range map[string]string{
+		"fast":                              `"fast" is not offered`,
+		"no_read_workqueue, same_cpu_crypt": `" same_cpu_crypt"`,
+		"no_read_workqueue,":                `""`,
+		"allow_discards":                    `"allow_discards"`,
+		"high_priority":                     "libcryptsetup 2.8",
+	} {
+		_, err := p.create(request("x", with("cryptcsi.io/performance", value)))
+		p.refused(value, err, codes.InvalidArgument, "parameter cryptcsi.io/performance", says)
+	}
+
+	m := newMachine(t).start()
+	stage := func(options string) error {
+		r := m.stageRequest(mountCap("ext4"))
+		r.VolumeContext["cryptcsi.io/performance"] = options
+		_, err := m.node.NodeStageVolume(t.Context(), r)
+		return err
+	}
+	m.refused("an option that is none", stage("allow_discards"), codes.InvalidArgument, "allow_discards")
+	for range 2 {
+		m.ok("stage", stage(sorted))
+		if got := m.mapping().Performance; got != sorted {
+			t.Errorf("the mapping has %q", got)
+		}
+		m.ok("unstage", m.unstage())
+	}
+	m.clean()
+}

@@ -57,6 +57,9 @@ type Volume struct {
 	Name     string // of the mapping: MappingName
 	Device   string // path of the block device's node
 	ReadOnly bool   // map so that nothing can be written through it
+	// Performance is a comma list of dm-crypt's options, see performanceOptions.
+	// Open obeys it where it makes the mapping; one that is there keeps its own.
+	Performance string
 }
 
 // Mapping is an open crypt device, as the kernel shows it.
@@ -70,7 +73,9 @@ type Mapping struct {
 	Cipher    string        // dm-crypt's notation
 	Integrity dek.Integrity // what the layer below authenticates
 	Discard   bool          // discards reach the device, if that takes them
-	Suspended bool
+	// Performance is what Volume's asked for when the mapping was made, sorted.
+	Performance string
+	Suspended   bool
 
 	// How far a volume that came up at once has got its tags; both 0 where
 	// there is nothing to hydrate.

@@ -36,6 +36,8 @@ type staging struct {
 	want      intent
 	integrity dek.Integrity // at least this
 	mkfs      string        // options for a filesystem that is made now
+	// performance is how the mapping is to work.
+	performance string
 
 	caps nodeCapabilities
 	dev  Device
@@ -69,6 +71,9 @@ func (d *Driver) newStaging(req *csi.NodeStageVolumeRequest) (*staging, error) {
 		return nil, err
 	}
 	if s.integrity, err = d.askedIntegrity(integrity, req.GetVolumeContext()); err != nil {
+		return nil, err
+	}
+	if s.performance, err = readPerformance(req.GetVolumeContext()[keyPerformance]); err != nil {
 		return nil, err
 	}
 	if err := d.wrapped.profile.refuses(foreign(req.GetVolumeContext()), req.GetPublishContext(), req.GetSecrets()); err != nil {
@@ -129,7 +134,7 @@ func (d *Driver) askedIntegrity(byType bool, volumeContext map[string]string) (d
 		case key == keyEncrypted:
 			return invalid("%s: %q: a volume cannot ask for less than the node's policy", key, value)
 		case key == keyDEKID: // see askedDEK
-		case key == keyMkfs: // see makeFilesystem
+		case key == keyMkfs, key == keyPerformance: // see makeFilesystem and newStaging
 		default:
 			return invalid("%s is not known to this version; it may ask for protection that would not be given", key)
 		}
@@ -411,7 +416,7 @@ func (s *staging) grow(ctx context.Context, m Mapping) (Mapping, error) {
 }
 
 func (s *staging) mapped() Volume {
-	return Volume{Name: s.v.mapping, Device: s.v.device(), ReadOnly: s.want.ReadOnly}
+	return Volume{Name: s.v.mapping, Device: s.v.device(), ReadOnly: s.want.ReadOnly, Performance: s.performance}
 }
 
 // fill makes sure that the mapping holds what it must: the only place that

@@ -62,6 +62,9 @@ func options(m driver.Mapping) string {
 	if m.Discard {
 		words = append(words, "discard")
 	}
+	if m.Performance != "" {
+		words = append(words, m.Performance)
+	}
 	return strings.Join(words, ",")
 }
 

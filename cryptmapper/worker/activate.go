@@ -38,6 +38,11 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	if o.Spec.Discard {
 		flags |= flagDiscard
 	}
+	for i, option := range cryptmapper.PerformanceOptions() {
+		if slices.Contains(o.performance(), option) {
+			flags |= performanceFlags()[i]
+		}
+	}
 	name := o.lower()
 	if err := d.activate(name, o.key, flags); err != nil {
 		return classify(err, fmt.Sprintf("opening device %s", dev.number))
@@ -52,6 +57,26 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	}
 	if o.Volume.ReadOnly && integrity && !o.cloned() {
 		return o.makeReadOnly(d, h)
+	}
+	return nil
+}
+
+// performance is what the volume asks for, sorted.
+func (o *operation) performance() []string {
+	asked := strings.FieldsFunc(o.Volume.Performance, func(r rune) bool { return r == ',' })
+	slices.Sort(asked)
+	return asked
+}
+
+// obeyed fails where the new mapping has not the performance options that were
+// asked for: libcryptsetup leaves out what the kernel refuses.
+func (o *operation) obeyed() error {
+	s, err := cryptmapper.ReadLower(o.lower())
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(s.Crypt.Performance, o.performance()) {
+		return errdefs.Errorf(errdefs.ErrInvalid, "dm-crypt on this node was asked for the performance options %q and has %q", o.performance(), s.Crypt.Performance)
 	}
 	return nil
 }

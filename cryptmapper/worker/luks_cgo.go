@@ -232,6 +232,15 @@ const (
 	flagRecovery         = C.CRYPT_ACTIVATE_RECOVERY // dm-integrity's mode R: nothing is replayed
 )
 
+// performanceFlags are the activation flags for cryptmapper.PerformanceOptions,
+// in their order.
+func performanceFlags() []uint32 {
+	return []uint32{
+		C.CRYPT_ACTIVATE_NO_READ_WORKQUEUE, C.CRYPT_ACTIVATE_NO_WRITE_WORKQUEUE,
+		C.CRYPT_ACTIVATE_SAME_CPU_CRYPT, C.CRYPT_ACTIVATE_SUBMIT_FROM_CRYPT_CPUS,
+	}
+}
+
 // LibraryVersion returns the version of the libcryptsetup that this process
 // runs with. The library has no call for it; it says it when it initialises.
 func LibraryVersion() (string, error) {

@@ -73,7 +73,11 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 			return nil, err
 		}
 	}
-	if err := o.verify(dev, h); err != nil {
+	err = o.verify(dev, h)
+	if err == nil && !up {
+		err = o.obeyed()
+	}
+	if err != nil {
 		if !up { // never leave a mapping that is not what it must be
 			_ = o.remove(o.Volume.Name)
 		}
