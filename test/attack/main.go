@@ -86,6 +86,9 @@ func run(ctx context.Context, w io.Writer, seed uint64, n int, only *regexp.Rege
 	if err := s.copies(); err != nil {
 		return err
 	}
+	if err := s.constellation(); err != nil {
+		return err
+	}
 	s.superblocks()
 	s.sectors()
 	s.races()

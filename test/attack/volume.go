@@ -85,33 +85,45 @@ func (s *suite) make(name string, id dek.ID, size int64, integrity dek.Integrity
 		return nil, err
 	}
 	v.d.State, v.d.Header = dek.Formatted, m.Header
-	if err := errors.Join(s.close(), copyDisk(v.older, v.disk)); err != nil {
-		return nil, err
-	}
-	if m, err = s.mapper.Open(s.ctx, cv, v.d); err != nil {
-		return nil, err
-	}
-	if err := write(m.Path, firstAt, first()); err != nil {
-		return nil, err
-	}
-	if v.ours, err = readTable(s.mapping); err != nil {
-		return nil, err
-	}
-	if err := s.close(); err != nil {
+	if err := s.age(v, cv); err != nil {
 		return nil, err
 	}
 	detach()
-	// A scratch copy, because even a plain open may write.
-	scratch := at("scratch")
+	return v, s.seePlain(v)
+}
+
+// age closes the finished volume, keeps its disk as the older one, and gives it
+// what it holds now.
+func (s *suite) age(v *volume, cv cryptmapper.Volume) error {
+	if err := errors.Join(s.close(), copyDisk(v.older, v.disk)); err != nil {
+		return err
+	}
+	m, err := s.mapper.Open(s.ctx, cv, v.d)
+	if err != nil {
+		return err
+	}
+	if err := write(m.Path, firstAt, first()); err != nil {
+		return err
+	}
+	if v.ours, err = readTable(s.mapping); err != nil {
+		return err
+	}
+	return s.close()
+}
+
+// seePlain opens the volume with plain cryptsetup: a scratch copy, because even
+// that may write.
+func (s *suite) seePlain(v *volume) error {
+	scratch := v.disk + "-scratch"
 	if err := copyDisk(scratch, v.disk); err != nil {
-		return nil, err
+		return err
 	}
 	seen, err := s.plainly(scratch, v.d.Key.Expose(), time.Minute, nil)
 	if err == nil && (!seen.opened || seen.content != "data readable" || seen.leaks) {
 		err = fmt.Errorf("cryptsetup does not open the untouched volume: %+v", seen)
 	}
 	v.plain = seen.table
-	return v, errors.Join(err, os.Remove(scratch))
+	return errors.Join(err, os.Remove(scratch))
 }
 
 // close closes the suite's mapping.
