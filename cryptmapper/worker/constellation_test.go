@@ -32,16 +32,19 @@ type theirs struct {
 
 const theirWords = "written before cryptcsi was there"
 
-// cheap is the quickest argon2id that passes. Their own costs two seconds for
-// each try of a key.
-var cheap = []string{"--pbkdf-force-iterations=4", "--pbkdf-memory=65536", "--pbkdf-parallel=4"}
+// theirSize is that of the device, with room for a header and an ext4.
+const theirSize = 24 * mib
 
-func newTheirs(t *testing.T, size int64, integrity dek.Integrity, pbkdf ...string) *theirs {
+// Key derivations: theirs, which takes two seconds for each try of a key, and
+// the quickest that passes.
+var (
+	theirPBKDF = []string{"--pbkdf-memory=65536", "--pbkdf-parallel=4"}
+	cheapPBKDF = []string{"--pbkdf-force-iterations=4", "--pbkdf-memory=65536", "--pbkdf-parallel=4"}
+)
+
+func newTheirs(t *testing.T, integrity dek.Integrity, pbkdf []string) *theirs {
 	t.Helper()
-	if pbkdf == nil {
-		pbkdf = cheap
-	}
-	f := &theirs{fixture: newFixture(t, size, integrity), uuid: dek.NewUUID()}
+	f := &theirs{fixture: newFixture(t, theirSize, integrity), uuid: dek.NewUUID()}
 	kernel.Need(t, "exec:cryptsetup", "exec:mkfs.ext4", "ext4")
 	f.d.ID, f.d.State, f.d.Claim, f.d.Header = dek.ID(f.uuid), dek.Formatted, dek.Claim{}, dek.HeaderID{UUID: f.uuid}
 	f.d.Spec.Layout = dek.LayoutConstellation
@@ -66,6 +69,16 @@ func newTheirs(t *testing.T, size int64, integrity dek.Integrity, pbkdf ...strin
 		Spec: dek.Spec{Cipher: dek.CipherXTS, Integrity: integrity}, Claim: dek.Claim{Node: "n", UUID: dek.NewUUID()},
 	}
 	return f
+}
+
+// lend is fixture.lend for what a volume of theirs has besides.
+func (f *theirs) lend(t *testing.T, try func(f *theirs)) {
+	t.Helper()
+	f.fixture.lend(t, func(inner *fixture) {
+		lent := *f
+		lent.fixture = inner
+		try(&lent)
+	})
 }
 
 // inFilesystem mounts a device and calls do with the path of a file in it.
@@ -100,9 +113,10 @@ func headerDigest(t *testing.T, device string) [sha256.Size]byte {
 }
 
 func TestKernelConstellationVolume(t *testing.T) {
-	for _, integrity := range modes {
+	// One exactly as they are made: with integrity the key is derived no other way.
+	for integrity, pbkdf := range map[dek.Integrity][]string{dek.IntegrityNone: theirPBKDF, dek.IntegrityHMAC: cheapPBKDF} {
 		t.Run("integrity="+string(integrity), func(t *testing.T) {
-			f := newTheirs(t, 64*mib, integrity, "--pbkdf-memory=65536", "--pbkdf-parallel=4") // exactly as they are made
+			f := newTheirs(t, integrity, pbkdf)
 			before := headerDigest(t, f.v.Device)
 			for round := range 2 {
 				m := f.open(t)
@@ -132,10 +146,10 @@ func TestKernelConstellationVolume(t *testing.T) {
 }
 
 func TestKernelConstellationResize(t *testing.T) {
-	f := newTheirs(t, 64*mib, dek.IntegrityNone)
+	f := newTheirs(t, dek.IntegrityNone, cheapPBKDF)
 	m := f.open(t)
 	before := headerDigest(t, f.v.Device)
-	kernel.Grow(t, f.v.Device, 96*mib)
+	kernel.Grow(t, f.v.Device, theirSize+32*mib)
 	grown, err := f.Resize(t.Context(), f.v, f.d)
 	if err != nil || grown.Size != m.Size+32*mib || grown.Header != m.Header {
 		t.Errorf("Resize = %+v, %v; was %+v", grown, err, m)
@@ -152,7 +166,7 @@ func TestKernelConstellationResize(t *testing.T) {
 		t.Errorf("reopened with %d bytes, was %d", m.Size, grown.Size)
 	}
 	f.close(t)
-	with := newTheirs(t, 64*mib, dek.IntegrityHMAC)
+	with := newTheirs(t, dek.IntegrityHMAC, cheapPBKDF)
 	with.open(t)
 	if _, err := with.Resize(t.Context(), with.v, with.d); !errors.Is(err, errdefs.ErrInvalid) {
 		t.Errorf("growing a volume with integrity: %v", err)
@@ -179,6 +193,10 @@ func forge(t *testing.T, device, from, to string) {
 }
 
 func TestKernelConstellationRefusals(t *testing.T) {
+	volumes := map[dek.Integrity]*theirs{}
+	for _, integrity := range modes {
+		volumes[integrity] = newTheirs(t, integrity, cheapPBKDF)
+	}
 	for _, tt := range []struct {
 		name      string
 		integrity dek.Integrity
@@ -186,7 +204,7 @@ func TestKernelConstellationRefusals(t *testing.T) {
 		class     error
 		words     string
 	}{
-		{"blank disk", "", func(t *testing.T, f *theirs) { writeAt(t, f.v.Device, 0, make([]byte, 64*mib)) }, errdefs.ErrState, "will not be formatted"},
+		{"blank disk", "", func(t *testing.T, f *theirs) { writeAt(t, f.v.Device, 0, make([]byte, theirSize)) }, errdefs.ErrState, "will not be formatted"},
 		{"wrong key", "", func(_ *testing.T, f *theirs) { f.d.Key.Expose()[0] ^= 1 }, errdefs.ErrDenied, ""},
 		{"another UUID", "", func(_ *testing.T, f *theirs) {
 			f.d.ID = dek.ID(dek.NewUUID())
@@ -216,15 +234,16 @@ func TestKernelConstellationRefusals(t *testing.T) {
 		}, nil, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			f := newTheirs(t, 64*mib, tt.integrity)
-			tt.break_(t, f)
-			if tt.class == nil { // whatever it is, it is refused
-				if m, err := f.Open(t.Context(), f.v, f.d); err == nil {
-					t.Errorf("opened as %+v", m)
+			volumes[tt.integrity].lend(t, func(f *theirs) {
+				tt.break_(t, f)
+				if tt.class == nil { // whatever it is, it is refused
+					if m, err := f.Open(t.Context(), f.v, f.d); err == nil {
+						t.Errorf("opened as %+v", m)
+					}
+					return
 				}
-				return
-			}
-			f.refused(t, tt.class, tt.words)
+				f.refused(t, tt.class, tt.words)
+			})
 		})
 	}
 }
@@ -285,7 +304,7 @@ func (f *theirs) done(t *testing.T) {
 func TestKernelRekey(t *testing.T) {
 	for _, integrity := range modes {
 		t.Run("integrity="+string(integrity), func(t *testing.T) {
-			f := newTheirs(t, 64*mib, integrity)
+			f := newTheirs(t, integrity, cheapPBKDF)
 			if err := f.rekey(t, f.Mapper); err != nil {
 				t.Fatalf("Rekey: %v", err)
 			}
@@ -305,6 +324,8 @@ func TestKernelRekey(t *testing.T) {
 }
 
 func TestKernelRekeyRefusals(t *testing.T) {
+	volume := newTheirs(t, dek.IntegrityNone, cheapPBKDF)
+	kernel.Need(t, "exec:dmsetup")
 	for _, tt := range []struct {
 		name   string
 		break_ func(t *testing.T, f *theirs)
@@ -320,7 +341,7 @@ func TestKernelRekeyRefusals(t *testing.T) {
 		{"no claim", func(_ *testing.T, f *theirs) { f.ours.Claim = dek.Claim{} }, errdefs.ErrInvalid, "nobody has claimed"},
 		{"wrong old key", func(_ *testing.T, f *theirs) { f.d.Key.Expose()[0] ^= 1 }, errdefs.ErrDenied, "trying the old key"},
 		{"another volume", func(_ *testing.T, f *theirs) { f.uuid = dek.NewUUID() }, errdefs.ErrState, "nothing was changed"},
-		{"blank", func(t *testing.T, f *theirs) { writeAt(t, f.v.Device, 0, make([]byte, 64*mib)) }, errdefs.ErrState, "nothing was changed"},
+		{"blank", func(t *testing.T, f *theirs) { writeAt(t, f.v.Device, 0, make([]byte, theirSize)) }, errdefs.ErrState, "nothing was changed"},
 		{"another integrity", func(_ *testing.T, f *theirs) { f.ours.Spec.Integrity = dek.IntegrityHMAC }, errdefs.ErrState, "nothing was changed"},
 		{"formatted, and not on this disk", func(_ *testing.T, f *theirs) {
 			f.ours.State, f.ours.Header = dek.Formatted, dek.HeaderID{UUID: f.ours.Claim.UUID, Sequence: 1}
@@ -328,16 +349,16 @@ func TestKernelRekeyRefusals(t *testing.T) {
 		{"rotating", func(_ *testing.T, f *theirs) { f.ours.State = dek.Rotating }, errdefs.ErrState, "new DEK of ours"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			f := newTheirs(t, 64*mib, dek.IntegrityNone)
-			kernel.Need(t, "exec:dmsetup")
-			tt.break_(t, f)
-			before := digest(t, f.v.Device)
-			if err := f.rekey(t, f.Mapper); !errors.Is(err, tt.class) || !strings.Contains(fmt.Sprint(err), tt.words) {
-				t.Errorf("Rekey: %v; want %v with %q", err, tt.class, tt.words)
-			}
-			if digest(t, f.v.Device) != before {
-				t.Error("the refused device was written to")
-			}
+			volume.lend(t, func(f *theirs) {
+				tt.break_(t, f)
+				before := digest(t, f.v.Device)
+				if err := f.rekey(t, f.Mapper); !errors.Is(err, tt.class) || !strings.Contains(fmt.Sprint(err), tt.words) {
+					t.Errorf("Rekey: %v; want %v with %q", err, tt.class, tt.words)
+				}
+				if digest(t, f.v.Device) != before {
+					t.Error("the refused device was written to")
+				}
+			})
 		})
 	}
 }
@@ -345,8 +366,8 @@ func TestKernelRekeyRefusals(t *testing.T) {
 // Of a disk that was grown after Constellation had made its integrity volume the
 // kernel would hand out sectors without tags: it is refused, and not written to.
 func TestKernelRekeyGrownIntegrity(t *testing.T) {
-	f := newTheirs(t, 64*mib, dek.IntegrityHMAC)
-	kernel.Grow(t, f.v.Device, 96*mib)
+	f := newTheirs(t, dek.IntegrityHMAC, cheapPBKDF)
+	kernel.Grow(t, f.v.Device, theirSize+32*mib)
 	before := digest(t, f.v.Device)
 	if err := f.rekey(t, f.Mapper); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "nothing was changed") {
 		t.Errorf("Rekey: %v", err)
@@ -363,25 +384,24 @@ func TestKernelRekeyGrownIntegrity(t *testing.T) {
 // new one, or is refused; that nobody formats; and that the same call finishes.
 // CRASH_EVERY=1 (make crash) tries every step, otherwise it is a sample.
 func TestKernelRekeyKilledAtSteps(t *testing.T) {
-	stride := 3
-	if os.Getenv("CRASH_EVERY") == "1" {
-		stride = 1
-	}
 	for _, integrity := range modes {
 		t.Run("integrity="+string(integrity), func(t *testing.T) {
-			f := newTheirs(t, 64*mib, integrity)
+			f := newTheirs(t, integrity, cheapPBKDF)
 			header, record := readAt(t, f.v.Device, 0, 16*mib), f.ours
 			for phase := range 2 {
-				for step := 1; ; step += stride {
+				if phase == 1 { // prepared and confirmed; killed while it finishes
+					writeAt(t, f.v.Device, 0, header)
+					h, err := f.Rekey(t.Context(), f.v, record, dek.ID(f.uuid), f.d.Key)
+					if err != nil {
+						t.Fatalf("Rekey: %v", err)
+					}
+					record.State, record.Header = dek.Formatted, h
+					header = readAt(t, f.v.Device, 0, 16*mib)
+				}
+				step, stride := sample(t, 5)
+				for ; ; step += stride {
 					writeAt(t, f.v.Device, 0, header) // nothing else is changed by it
 					f.ours = record
-					if phase == 1 { // prepared and confirmed; killed while it finishes
-						h, err := f.Rekey(t.Context(), f.v, f.ours, dek.ID(f.uuid), f.d.Key)
-						if err != nil {
-							t.Fatalf("Rekey: %v", err)
-						}
-						f.ours.State, f.ours.Header = dek.Formatted, h
-					}
 					_, err := newMapper(t, step).Rekey(t.Context(), f.v, f.ours, dek.ID(f.uuid), f.d.Key)
 					if err == nil {
 						if step < 5 {
@@ -437,7 +457,7 @@ func (f *theirs) between(t *testing.T) string {
 // Two volumes that were re-keyed cannot be swapped; before that they can, and
 // the UUID in the volume context is what tells.
 func TestKernelRekeyedVolumesCannotBeSwapped(t *testing.T) {
-	a, b := newTheirs(t, 64*mib, dek.IntegrityNone), newTheirs(t, 64*mib, dek.IntegrityNone)
+	a, b := newTheirs(t, dek.IntegrityNone, cheapPBKDF), newTheirs(t, dek.IntegrityNone, cheapPBKDF)
 	for _, f := range []*theirs{a, b} {
 		if err := f.rekey(t, f.Mapper); err != nil {
 			t.Fatalf("Rekey: %v", err)

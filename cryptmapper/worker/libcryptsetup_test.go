@@ -105,7 +105,7 @@ func TestKernelOtherLibcryptsetupConstellation(t *testing.T) {
 	newest.need(t)
 	for _, integrity := range modes {
 		t.Run("integrity="+string(integrity), func(t *testing.T) {
-			f := newTheirs(t, 64*mib, integrity)
+			f := newTheirs(t, integrity, cheapPBKDF)
 			before, own := headerDigest(t, f.v.Device), f.Mapper
 			f.Mapper = newest.mapper(t)
 			hasTheirWords(t, f.open(t).Path)

@@ -2,7 +2,6 @@ package worker_test
 
 import (
 	"bytes"
-	"os"
 	"os/exec"
 	"testing"
 
@@ -31,11 +30,8 @@ func TestKernelRotateKilledAtSteps(t *testing.T) {
 			f.close(t)
 			f.asCopy()
 			rotating, header := f.d, readAt(t, f.v.Device, 0, 16*mib)
-			stride := 3
-			if os.Getenv("CRASH_EVERY") == "1" {
-				stride = 1
-			}
-			for step := 1; ; step += stride {
+			step, stride := sample(t, 4)
+			for ; ; step += stride {
 				writeAt(t, f.v.Device, 0, header)
 				f.d = rotating
 				_, err := newMapper(t, step).Open(t.Context(), f.v, f.d)
@@ -71,6 +67,34 @@ func TestKernelRotateKilledAtSteps(t *testing.T) {
 			f.refused(t, errdefs.ErrState, "no header")
 		})
 	}
+}
+
+// A copy that is older than what its record has of its source is refused, and
+// not touched: one that was cut when the source was new, and one from before the
+// source was given another key. That it is blank is no permission to format it.
+func TestKernelLateCopyIsRefused(t *testing.T) {
+	f := newFixture(t, 24*mib, dek.IntegrityNone)
+	f.made(t, "x")
+	f.close(t)
+	source := f.d
+	for name, age := range map[string]func(f *fixture){
+		"cut before the first use": func(f *fixture) { writeAt(t, f.v.Device, 0, make([]byte, 24*mib)) },
+		"cut before another key": func(f *fixture) {
+			f.d.Previous = secret.New(dek.Size)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f.lend(t, func(f *fixture) {
+				f.asCopy()
+				age(f)
+				f.refused(t, errdefs.ErrState, "of a copy make another one")
+				f.v.ReadOnly = true
+				f.refused(t, errdefs.ErrState, "of a copy make another one")
+			})
+		})
+	}
+	f.d = source
+	f.open(t)
 }
 
 func cryptsetupOpens(t *testing.T, device string, key secret.Bytes) bool {
