@@ -59,6 +59,8 @@ func TestCommandLines(t *testing.T) {
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --warm-workers=-1", 2, "--warm-workers"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --integrity-init=none", 2, `must be "clone" or "wipe"`},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --hydrating-volumes=0", 2, "--hydrating-volumes"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --node-condition", 2, "--kubelet-registration-path"},
+		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --startup-taint=a/b", 2, "--kubelet-registration-path"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --logging-format=xml", 2, "--logging-format"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --crypt-worker=/nowhere", 1, "crypt-worker /nowhere does not run"},
 		{"node --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=unix:///a --crypt-worker=/bin/true", 1, "is no version"},

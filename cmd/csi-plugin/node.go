@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -35,6 +36,7 @@ type nodeFlags struct {
 	registrationPath     string
 	integrityInit        string
 	hydrating            int
+	kubernetes           kubernetesFlags
 }
 
 func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
@@ -52,6 +54,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
 	fs.BoolVar(&f.headerBackup, "header-backup", false, "keep in each volume's record, under its DEK, what restore-header makes a destroyed header from; volumes without one get it when they are next staged")
 	fs.StringVar(&f.registrationPath, "kubelet-registration-path", "", "path of --endpoint's socket on the node: the plugin registers itself with kubelet, in --kubelet-dir/plugins_registry; empty leaves that to node-driver-registrar")
+	f.kubernetes.add(fs)
 	f.worker = workerFlag(fs)
 	fs.IntVar(&f.warmWorkers, "warm-workers", 2, "crypt-workers kept started ahead")
 	if err := f.parse(fs, args); err != nil {
@@ -72,7 +75,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	if f.registrationPath != "" && !filepath.IsAbs(f.registrationPath) {
 		return nil, usageError(fmt.Sprintf("node: --kubelet-registration-path %q: must be an absolute path", f.registrationPath))
 	}
-	return f, nil
+	return f, f.kubernetes.check(f.registrationPath != "")
 }
 
 // node serves the node side of CSI until ctx ends.
@@ -93,8 +96,12 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	log.Info("csi-plugin node starts", "version", version, "commit", commit, "libcryptsetup", library, "kms", strings.Join(schemes(), ","))
-	if err := checkSystem(f.integrity == string(driver.IntegrityRequired), log); err != nil {
+	cluster, err := f.kubernetes.open(f.nodeName, log)
+	if err != nil {
 		return err
+	}
+	if err := checkSystem(f.integrity == string(driver.IntegrityRequired), log); err != nil {
+		return cluster.unfit(ctx, err)
 	}
 	var m *measured
 	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}, Warm: f.warmWorkers, HeaderBackup: f.headerBackup,
@@ -112,18 +119,19 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	d, err := newDriver(ctx, f, log, conn, keyring, mapper{cm}, m, library)
+	d, err := newDriver(ctx, f, log, conn, keyring, mapper{cm}, m, library, cluster.driverEvents())
 	if err != nil {
 		return err
 	}
 	if f.registrationPath != "" {
-		r := newRegistration(d.Name(), f.registrationPath, log)
+		r := newRegistration(d.Name(), f.registrationPath, log, cluster.registered)
 		f.beside = append(f.beside, func(ctx context.Context) error { return r.serve(ctx, f.kubeletDir) })
 	}
 	m.watchHydration(d.HydrationStatus)
 	hydrating, stop := context.WithCancel(ctx)
 	defer background(func() { d.Hydrate(hydrating) })()
 	defer background(func() { watchIntegrity(hydrating, d, log) })()
+	defer background(func() { cluster.run(hydrating) })()
 	defer stop()
 	return f.serve(ctx, log, d, conn, m, d.ServerOptions()...)
 }
@@ -155,19 +163,20 @@ func checkSystem(integrity bool, log *slog.Logger) error {
 	if err := secret.CheckLocking(); err != nil {
 		log.Warn("keys cannot be locked in memory and may reach swap space: raise RLIMIT_MEMLOCK", "error", err)
 	}
-	if err := dm.NeedTarget("crypt"); err != nil {
-		return err
-	}
+	lacks := []error{dm.NeedTarget("crypt"), checkKeyring()}
 	if err := dm.NeedTarget("integrity"); err != nil {
 		if integrity {
-			return err
+			lacks = append(lacks, err)
 		}
 		log.Warn("volumes with integrity cannot be opened on this node", "error", err)
 	}
 	if err := cryptmapper.KernelHasClone(); err != nil {
 		log.Warn("new volumes with integrity are written in full before they can be used, and those that another node is still initialising cannot be opened", "error", err)
 	}
-	return checkKeyring()
+	if err := errors.Join(lacks...); err != nil {
+		return fmt.Errorf("this node cannot have encrypted volumes: %w", err)
+	}
+	return nil
 }
 
 // checkKeyring tries the kernel keyring, where libcryptsetup puts volume keys
@@ -184,7 +193,7 @@ func checkKeyring() error {
 	return nil
 }
 
-func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m mapper, seen *measured, library string) (*driver.Driver, error) {
+func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.ClientConn, keys keys, m mapper, seen *measured, library string, events driver.Events) (*driver.Driver, error) {
 	ctx, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	var creator driver.Creator
@@ -208,7 +217,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 		StageWith: f.stageWith, Integrity: driver.IntegrityPolicy(f.integrity), Spec: dek.Spec{Cipher: dek.CipherXTS},
 		TolerateUngrown: f.tolerateUngrown,
 		ObserveStep:     seen.stageStep, ObserveFinish: seen.finished,
-		Failures: cryptmapper.WatchIntegrity, ObserveFailure: seen.failures.Inc,
+		Failures: cryptmapper.WatchIntegrity, ObserveFailure: seen.failures.Inc, Events: events,
 		Version:  version,
 		Manifest: map[string]string{"commit": commit, "libcryptsetup": library, "kms": strings.Join(schemes(), ",")},
 		Logger:   log,

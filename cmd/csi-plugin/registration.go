@@ -18,13 +18,14 @@ type registration struct {
 	registrationpb.UnimplementedRegistrationServer
 	name, endpoint string
 	log            *slog.Logger
+	registered     func() // is called each time that kubelet has
 	refused        chan string
 }
 
 // newRegistration registers the driver of a name, whose socket kubelet finds at
 // endpoint.
-func newRegistration(name, endpoint string, log *slog.Logger) *registration {
-	return &registration{name: name, endpoint: endpoint, log: log, refused: make(chan string, 1)}
+func newRegistration(name, endpoint string, log *slog.Logger, registered func()) *registration {
+	return &registration{name: name, endpoint: endpoint, log: log, registered: registered, refused: make(chan string, 1)}
 }
 
 // serve answers kubelet, which watches the folder and asks again when it was
@@ -59,6 +60,7 @@ func (r *registration) GetInfo(context.Context, *registrationpb.InfoRequest) (*r
 func (r *registration) NotifyRegistrationStatus(_ context.Context, s *registrationpb.RegistrationStatus) (*registrationpb.RegistrationStatusResponse, error) {
 	if s.GetPluginRegistered() {
 		r.log.Info("registered with kubelet", "driver", r.name, "endpoint", r.endpoint)
+		r.registered()
 		return &registrationpb.RegistrationStatusResponse{}, nil
 	}
 	select {
