@@ -51,6 +51,7 @@ func importRules() []rule {
 		{"kms/all", []string{"kms", "kms/*", "errdefs", "secret"}, "the one list of schemes"},
 		{"kms/kmstest/...", []string{"kms", "kms/kmstest", "errdefs", "secret"}, "fakes of services"},
 		{"kms/*", []string{"kms", "errdefs", "secret", "internal/awsconfig", "internal/azureconfig", "internal/gcpconfig"}, "backends do not know each other"},
+		{"internal/authority", []string{"errdefs"}, "certificates in, certificates out; knows no cluster"},
 		{"internal/config", []string{"errdefs"}, "flags and a file; knows no flag"},
 		{"internal/logging", []string{"errdefs"}, "flags and a log"},
 		{"internal/metrics", []string{"errdefs", "kms"}, "counts what all programs count: calls served, calls to a KMS"},

@@ -37,6 +37,9 @@ const usage = `key-service keeps the keys of encrypted volumes.
   key-service status             how a service is
   key-service recover            give a node that waits for the key of a device KMS and store to get it from
 
+  key-service certificate        make and renew the service's authority and certificate, in Secrets of the cluster
+  key-service secret create      make a random secret that records depend on (a master secret), in a Secret, once
+
   key-service check              try all that serving needs of KMS and store, and say what is missing
 
   key-service kek create         make the key-encryption key that --kms-uri names
@@ -79,6 +82,8 @@ func verbs() map[string]func(context.Context, *command) error {
 		"unseal":         unseal,
 		"status":         status,
 		"recover":        recoverNode,
+		"certificate":    certificate,
+		"secret create":  randomSecret,
 		"check":          check,
 		"kek create":     kekCreate,
 		"kek describe":   kekDescribe,
@@ -135,7 +140,7 @@ func split(args []string) (name string, rest []string) {
 		return "", nil
 	}
 	name, rest = strings.TrimLeft(args[0], "-"), args[1:]
-	if slices.Contains([]string{"kek", "store", "dek"}, name) && len(rest) > 0 {
+	if slices.Contains([]string{"kek", "store", "dek", "secret"}, name) && len(rest) > 0 {
 		return name + " " + rest[0], rest[1:]
 	}
 	return name, rest

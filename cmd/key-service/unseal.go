@@ -27,8 +27,8 @@ const maxGiven = 32 << 10
 
 // clientFlags say how to reach a key service, and how to know it.
 type clientFlags struct {
-	address, ca, cert, key, name string
-	pin, verify                  string
+	address, ca, cert, key, token, name string
+	pin, verify                         string
 }
 
 func (f *clientFlags) add(c *command) {
@@ -36,6 +36,7 @@ func (f *clientFlags) add(c *command) {
 	c.StringVar(&f.ca, "ca-file", "", "authorities that sign its certificate")
 	c.StringVar(&f.cert, "cert-file", "", "the operator's certificate")
 	c.StringVar(&f.key, "key-file", "", "its key")
+	c.StringVar(&f.token, "token-file", "", "token of the operator's service account, for --token-audience of the service; instead of a certificate")
 	c.StringVar(&f.name, "server-name", "", "name in the service's certificate, where that is not the address's host")
 	c.StringVar(&f.pin, "server-key-sha256", "", "SHA-256 of the service's public key (SubjectPublicKeyInfo), in hex")
 	c.StringVar(&f.verify, "verify-command", "", "command that gets the service's certificate (PEM) on standard input, verifies its attestation, and ends with 0 if it is right")
@@ -51,7 +52,7 @@ func (f *clientFlags) dial(ctx context.Context, verb string, secrets bool, giveU
 	if secrets && f.pin == "" && f.verify == "" && !strings.HasPrefix(f.address, "unix:") {
 		return nil, usageError(verb + ": --server-key-sha256 or --verify-command is required: the service has to be known before it is told a secret")
 	}
-	cfg := keyclient.Config{Address: f.address, CAFile: f.ca, CertFile: f.cert, KeyFile: f.key, ServerName: f.name, Attempts: 1}
+	cfg := keyclient.Config{Address: f.address, CAFile: f.ca, CertFile: f.cert, KeyFile: f.key, TokenFile: f.token, ServerName: f.name, Attempts: 1}
 	if f.pin != "" || f.verify != "" {
 		cfg.VerifyServer = func(s tls.ConnectionState) error {
 			err := f.verifyServer(ctx, s)
