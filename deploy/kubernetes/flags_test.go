@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"os"
 	"os/exec"
@@ -17,7 +18,10 @@ import (
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/cryptcsi/cryptcsi/test/peers"
 )
 
 // programs builds those of our images' programs.
@@ -41,7 +45,7 @@ func programs(t *testing.T) (path func(image string) string) {
 	}
 }
 
-// pods are those of all DaemonSets and Deployments.
+// pods are those of all DaemonSets, Deployments, Jobs and CronJobs.
 func pods(objects []any) []corev1.PodTemplateSpec {
 	var all []corev1.PodTemplateSpec
 	for _, d := range of[*appsv1.DaemonSet](objects) {
@@ -49,6 +53,12 @@ func pods(objects []any) []corev1.PodTemplateSpec {
 	}
 	for _, d := range of[*appsv1.Deployment](objects) {
 		all = append(all, d.Spec.Template)
+	}
+	for _, j := range of[*batchv1.Job](objects) {
+		all = append(all, j.Spec.Template)
+	}
+	for _, j := range of[*batchv1.CronJob](objects) {
+		all = append(all, j.Spec.JobTemplate.Spec.Template)
 	}
 	return all
 }
@@ -58,8 +68,11 @@ func pods(objects []any) []corev1.PodTemplateSpec {
 // pods have them.
 func TestPrograms(t *testing.T) {
 	program := programs(t)
-	asked := map[string]bool{}
-	for _, dir := range []string{keyed, demo} {
+	asked, same := map[string]bool{}, map[string]bool{}
+	for _, dir := range kustomizations(t) {
+		if !strings.HasPrefix(dir, "examples/") && dir != demo {
+			continue // not all is chosen
+		}
 		objects := build(t, dir)
 		for _, pod := range pods(objects) {
 			for _, c := range pod.Spec.Containers {
@@ -67,8 +80,14 @@ func TestPrograms(t *testing.T) {
 				if path == "" {
 					continue
 				}
-				asked[filepath.Base(path)] = true
+				// A ConfigMap's name is another one where its content is.
+				as := fmt.Sprint(c.Image, c.Args, references([]any{&batchv1.Job{Spec: batchv1.JobSpec{Template: pod}}}))
+				if same[as] {
+					continue
+				}
+				same[as] = true
 				if filepath.Base(path) == "loopdriver" {
+					asked["loopdriver"] = true
 					hasFlags(t, path, c.Args)
 					continue
 				}
@@ -80,6 +99,10 @@ func TestPrograms(t *testing.T) {
 				if out, err := exec.CommandContext(t.Context(), path, args...).CombinedOutput(); err != nil {
 					t.Errorf("%s: %s %v: %v\n%s", dir, filepath.Base(path), args, err, out)
 				}
+				if asked[filepath.Base(path)] {
+					continue
+				}
+				asked[filepath.Base(path)] = true
 				if out, err := exec.CommandContext(t.Context(), path, append(args, "--no-such-flag")...).CombinedOutput(); err == nil {
 					t.Errorf("%s takes every flag: %s", path, out)
 				}
@@ -115,6 +138,7 @@ func files(t *testing.T, objects []any, pod corev1.PodSpec, c corev1.Container) 
 	contents := map[string][]byte{
 		"tls.crt": certificate, "tls.key": key, "ca.crt": certificate, "token": []byte("a.b.c"),
 		"master-secret": []byte(strings.Repeat("m", 32)), "salt": []byte(strings.Repeat("s", 32)),
+		"record-auth": []byte(strings.Repeat("r", 32)), "pin": []byte("1234"),
 	}
 	for _, m := range c.VolumeMounts {
 		v := volume(pod, m.Name)
@@ -127,12 +151,23 @@ func files(t *testing.T, objects []any, pod corev1.PodSpec, c corev1.Container) 
 			for _, o := range of[*corev1.ConfigMap](objects) {
 				if o.Name == v.ConfigMap.Name {
 					for name, text := range o.Data {
-						data[name] = []byte(strings.ReplaceAll(text, "/etc/", root+"/etc/"))
+						text = strings.NewReplacer("/etc/", root+"/etc/", "=/module/", "="+root+"/module/").Replace(text)
+						if strings.HasPrefix(text, "k8s://") {
+							text += "?kubeconfig=" + kubeconfig(t)
+						}
+						data[name] = []byte(text)
 					}
 				}
 			}
 		case v.Secret != nil || v.Projected != nil:
 			data = contents
+		case m.Name == "pkcs11-module":
+			peers.Program(t, "softhsm2-util") // comes with it
+			module, err := os.ReadFile("/usr/lib/softhsm/libsofthsm2.so")
+			if err != nil {
+				t.Fatal(err)
+			}
+			data["libsofthsm2.so"] = module
 		}
 		for name, content := range data {
 			if err := os.WriteFile(filepath.Join(root, m.MountPath, name), content, 0o600); err != nil {
@@ -162,16 +197,23 @@ func rooted(root string, c corev1.Container) []string {
 // inNoCluster names a kubeconfig where the pod would have its own account.
 func inNoCluster(t *testing.T, args []string) []string {
 	t.Helper()
-	file := filepath.Join(t.TempDir(), "kubeconfig")
-	if err := os.WriteFile(file, []byte(`{"apiVersion":"v1","kind":"Config","current-context":"c","contexts":[{"name":"c","context":{"cluster":"c"}}],"clusters":[{"name":"c","cluster":{"server":"https://127.0.0.1:1"}}]}`), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	file := kubeconfig(t)
 	for i, arg := range args {
 		if strings.HasPrefix(arg, "--storage-uri=k8s://") {
 			args[i] = arg + "?kubeconfig=" + file
 		}
 	}
 	return append(args, "--kubeconfig="+file)
+}
+
+// kubeconfig is one of no cluster.
+func kubeconfig(t *testing.T) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := os.WriteFile(file, []byte(`{"apiVersion":"v1","kind":"Config","current-context":"c","contexts":[{"name":"c","context":{"cluster":"c"}}],"clusters":[{"name":"c","cluster":{"server":"https://127.0.0.1:1"}}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
 }
 
 func selfSigned(t *testing.T) (certificate, key []byte) {

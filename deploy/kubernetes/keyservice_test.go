@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -24,53 +25,81 @@ import (
 	"github.com/cryptcsi/cryptcsi/kube"
 )
 
-// byHand is what manifests refer to and must not hold, because keys and
-// certificates are in it. README.md says how each is made.
+// byHand is what manifests refer to and must not hold, because it is the user's.
+// docs/install.md and README.md say how each is made.
 func byHand() []string {
-	return []string{"Secret cryptcsi-master-secret", "Secret key-service-tls", "ConfigMap key-service-ca"}
+	return []string{
+		"Secret cryptcsi-master-secret", // of the demo
+		"Secret cloud-config", "Secret key-service-kmip", "Secret key-service-pkcs11", "ConfigMap key-service-transit",
+	}
 }
 
-// TestReferences: whatever an object names exists, or is made by hand.
+// TestReferences: whatever an object names exists, or is made by hand. Secrets
+// are empty here: what is in them is made in the cluster.
 func TestReferences(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
+	var texts []byte
+	for _, name := range []string{"README.md", "../../docs/install.md"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts = append(texts, text...)
 	}
-	named := map[string]bool{}
-	for _, dir := range []string{keyed, demo} {
+	missing := map[string]bool{}
+	for _, dir := range kustomizations(t) {
+		if !strings.HasPrefix(dir, "examples/") && dir != demo {
+			continue // not all is chosen
+		}
 		objects := build(t, dir)
-		names := map[string]bool{}
-		add := func(kind string, o metav1.Object) { names[kind+" "+o.GetName()] = true }
-		for _, o := range of[*corev1.ConfigMap](objects) {
-			add("ConfigMap", o)
-		}
-		for _, o := range of[*corev1.ServiceAccount](objects) {
-			add("ServiceAccount", o)
-		}
-		for _, o := range of[*rbacv1.Role](objects) {
-			add("Role", o)
-		}
-		for _, o := range of[*rbacv1.ClusterRole](objects) {
-			add("ClusterRole", o)
+		names := existing(objects)
+		for _, s := range of[*corev1.Secret](objects) {
+			if len(s.Data) > 0 || len(s.StringData) > 0 {
+				t.Errorf("%s: Secret %s has something in it", dir, s.Name)
+			}
 		}
 		for _, reference := range references(objects) {
-			named[reference] = true
 			if names[reference] {
 				continue
 			}
+			missing[reference] = true
 			if !slices.Contains(byHand(), reference) {
 				t.Errorf("%s: there is no %s", dir, reference)
 			}
-			if _, name, _ := strings.Cut(reference, " "); !strings.Contains(string(readme), name) {
-				t.Errorf("README.md does not say how %s is made", reference)
+			if _, name, _ := strings.Cut(reference, " "); !strings.Contains(string(texts), name) {
+				t.Errorf("nobody says how %s is made", reference)
 			}
 		}
 	}
 	for _, made := range byHand() {
-		if !named[made] {
-			t.Errorf("nothing refers to %s", made)
+		if !missing[made] {
+			t.Errorf("nothing needs %s", made)
 		}
 	}
+}
+
+// existing are "KIND NAME" of all objects that others name.
+func existing(objects []any) map[string]bool {
+	names := map[string]bool{}
+	add := func(kind string, o metav1.Object) { names[kind+" "+o.GetName()] = true }
+	for _, o := range objects {
+		switch o := o.(type) {
+		case *corev1.ConfigMap:
+			add("ConfigMap", o)
+		case *corev1.Secret:
+			add("Secret", o)
+		case *corev1.ServiceAccount:
+			add("ServiceAccount", o)
+		case *rbacv1.Role:
+			add("Role", o)
+		case *rbacv1.ClusterRole:
+			add("ClusterRole", o)
+		case *issuer:
+			add("Issuer", o)
+		case *managedCertificate:
+			names["Secret "+o.Spec.SecretName] = true
+		}
+	}
+	return names
 }
 
 // references are "KIND NAME" of all that pods and bindings name.
@@ -78,9 +107,15 @@ func references(objects []any) []string {
 	var all []string
 	for _, pod := range pods(objects) {
 		all = append(all, "ServiceAccount "+pod.Spec.ServiceAccountName)
+		if pod.Spec.ServiceAccountName == "" {
+			all = all[:len(all)-1] // a pod of the user's
+		}
 		for _, v := range pod.Spec.Volumes {
 			all = append(all, ofVolume(v)...)
 		}
+	}
+	for _, c := range of[*managedCertificate](objects) {
+		all = append(all, "Issuer "+c.Spec.IssuerRef.Name)
 	}
 	binding := func(ref rbacv1.RoleRef, subjects []rbacv1.Subject) {
 		all = append(all, ref.Kind+" "+ref.Name)
@@ -116,6 +151,92 @@ func ofVolume(v corev1.Volume) []string {
 		}
 	}
 	return all
+}
+
+// configFile is the key service's.
+func configFile(t *testing.T, objects []any) []byte {
+	t.Helper()
+	for _, m := range of[*corev1.ConfigMap](objects) {
+		if text, ok := m.Data["config.yaml"]; ok {
+			return []byte(text)
+		}
+	}
+	t.Fatal("there is no config.yaml")
+	return nil
+}
+
+// TestFilledByJobs: a Job and the CronJob that repeats it run the same pod, under
+// an account that may read and change a few objects by name and nothing else;
+// what it fills is there, and no pod starts before it is filled.
+func TestFilledByJobs(t *testing.T) {
+	for _, dir := range []string{keyed, "examples/azuredisk-kms"} {
+		objects := build(t, dir)
+		jobs, names := of[*batchv1.Job](objects), existing(objects)
+		if len(jobs) != 2 {
+			t.Errorf("%s: %d Jobs, want 2", dir, len(jobs))
+		}
+		for _, cron := range of[*batchv1.CronJob](objects) {
+			i := slices.IndexFunc(jobs, func(j *batchv1.Job) bool { return j.Name == cron.Name })
+			if i < 0 || !reflect.DeepEqual(jobs[i].Spec.Template, cron.Spec.JobTemplate.Spec.Template) {
+				t.Errorf("%s: no Job does at once what CronJob %s does later", dir, cron.Name)
+			}
+		}
+		for _, j := range jobs {
+			if j.Spec.TTLSecondsAfterFinished == nil {
+				t.Errorf("%s stays, and another version of it could not be applied", j.Name)
+			}
+			account := j.Spec.Template.Spec.ServiceAccountName
+			rules := 0
+			for _, r := range of[*rbacv1.Role](objects) {
+				if r.Name != account {
+					continue
+				}
+				for _, rule := range r.Rules {
+					rules++
+					if !slices.Equal(rule.Verbs, []string{"get", "update"}) || len(rule.ResourceNames) == 0 {
+						t.Errorf("%s may %v all %v", account, rule.Verbs, rule.Resources)
+					}
+					for _, name := range rule.ResourceNames {
+						kind := map[string]string{"secrets": "Secret ", "configmaps": "ConfigMap "}[rule.Resources[0]]
+						if len(rule.Resources) != 1 || !names[kind+name] {
+							t.Errorf("%s may change %v %s, which is not there", account, rule.Resources, name)
+						}
+					}
+				}
+			}
+			if rules != 2 {
+				t.Errorf("%s has %d rules, want 2", account, rules)
+			}
+		}
+		for _, b := range of[*rbacv1.ClusterRoleBinding](objects) {
+			for _, s := range b.Subjects {
+				if slices.ContainsFunc(jobs, func(j *batchv1.Job) bool { return j.Spec.Template.Spec.ServiceAccountName == s.Name }) {
+					t.Errorf("%s has a ClusterRole", s.Name)
+				}
+			}
+		}
+		for _, v := range keyService(t, objects).Spec.Template.Spec.Volumes {
+			if v.Secret != nil && len(v.Secret.Items) == 0 {
+				t.Errorf("%s: the key service starts while Secret %s is empty", dir, v.Secret.SecretName)
+			}
+		}
+	}
+}
+
+// TestAuthorityIsTheJobs: no pod but the Job's names the Secret with the
+// authority's private key, and nodes see none that has the service's.
+func TestAuthorityIsTheJobs(t *testing.T) {
+	for _, dir := range append(beside(), "examples/cert-manager") {
+		for _, pod := range pods(build(t, dir)) {
+			for _, v := range pod.Spec.Volumes {
+				for _, reference := range ofVolume(v) {
+					if reference == "Secret key-service-authority" || reference == "Secret key-service-tls" && pod.Spec.ServiceAccountName != "cryptcsi-key-service" {
+						t.Errorf("%s: pods of %s mount %s", dir, pod.Spec.ServiceAccountName, reference)
+					}
+				}
+			}
+		}
+	}
 }
 
 func keyService(t *testing.T, objects []any) *appsv1.Deployment {
@@ -196,8 +317,7 @@ func TestKeyServiceIsReached(t *testing.T) {
 		t.Errorf("nodes ask %s, the Service is %s to port %q", got, want, s.Spec.Ports[0].TargetPort.StrVal)
 	}
 	var cfg map[string]any
-	text := of[*corev1.ConfigMap](objects)[0].Data["config.yaml"]
-	if err := yaml.UnmarshalStrict([]byte(text), &cfg); err != nil {
+	if err := yaml.UnmarshalStrict(configFile(t, objects), &cfg); err != nil {
 		t.Fatal(err)
 	}
 	if cfg["listen"] != fmt.Sprintf("0.0.0.0:%d", ports["grpc"]) || cfg["metrics-address"] != fmt.Sprintf(":%d", ports["metrics"]) {
@@ -262,7 +382,7 @@ func TestIdentities(t *testing.T) {
 		Controllers []string `json:"controller-identity"`
 		Policy      string   `json:"volume-policy"`
 	}
-	if err := yaml.Unmarshal([]byte(of[*corev1.ConfigMap](objects)[0].Data["config.yaml"]), &cfg); err != nil {
+	if err := yaml.Unmarshal(configFile(t, objects), &cfg); err != nil {
 		t.Fatal(err)
 	}
 	set := of[*appsv1.DaemonSet](objects)[0]
@@ -363,6 +483,9 @@ func TestMonitored(t *testing.T) {
 		t.Fatalf("%d PodMonitors", len(monitors))
 	}
 	for _, pod := range pods(objects) {
+		if pod.Spec.RestartPolicy == corev1.RestartPolicyOnFailure {
+			continue // of a Job, which is gone before it could be asked
+		}
 		selects(t, "PodMonitor", &monitors[0].Spec.Selector, pod.Labels)
 		port := monitors[0].Spec.PodMetricsEndpoints[0].Port
 		if c := pod.Spec.Containers[0]; !slices.ContainsFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.Name == port }) {

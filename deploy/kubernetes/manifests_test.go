@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -50,6 +51,12 @@ func newObject(kind string) any {
 		return &corev1.PersistentVolumeClaim{}
 	case "v1/Pod":
 		return &corev1.Pod{}
+	case "v1/Secret":
+		return &corev1.Secret{} // TestReferences wants it empty
+	case "batch/v1/Job":
+		return &batchv1.Job{}
+	case "batch/v1/CronJob":
+		return &batchv1.CronJob{}
 	case "v1/ConfigMap":
 		return &corev1.ConfigMap{}
 	case "v1/Service":
@@ -81,6 +88,12 @@ func newObject(kind string) any {
 	if kind == "monitoring.coreos.com/v1/PrometheusRule" {
 		return &map[string]any{} // components/monitoring looks into it
 	}
+	if kind == "cert-manager.io/v1/Issuer" {
+		return &issuer{}
+	}
+	if kind == "cert-manager.io/v1/Certificate" {
+		return &managedCertificate{}
+	}
 	return nil
 }
 
@@ -95,6 +108,41 @@ type podMonitor struct {
 			Port     string `json:"port"`
 			Interval string `json:"interval"`
 		} `json:"podMetricsEndpoints"`
+	} `json:"spec"`
+}
+
+// issuer is the part of cert-manager's type that we use.
+type issuer struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              struct {
+		SelfSigned *struct{} `json:"selfSigned"`
+		CA         *struct {
+			SecretName string `json:"secretName"`
+		} `json:"ca"`
+	} `json:"spec"`
+}
+
+// managedCertificate is the part of cert-manager's type that we use.
+type managedCertificate struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              struct {
+		IsCA        bool            `json:"isCA"`
+		CommonName  string          `json:"commonName"`
+		DNSNames    []string        `json:"dnsNames"`
+		SecretName  string          `json:"secretName"`
+		Usages      []string        `json:"usages"`
+		Duration    metav1.Duration `json:"duration"`
+		RenewBefore metav1.Duration `json:"renewBefore"`
+		PrivateKey  struct {
+			Algorithm      string `json:"algorithm"`
+			Size           int    `json:"size"`
+			RotationPolicy string `json:"rotationPolicy"`
+		} `json:"privateKey"`
+		IssuerRef struct {
+			Name string `json:"name"`
+		} `json:"issuerRef"`
 	} `json:"spec"`
 }
 
@@ -166,14 +214,14 @@ func kustomizations(t *testing.T) []string {
 			return err
 		}
 		k := kustomization(t, name)
+		for _, c := range k.Components {
+			components[path.Join(path.Dir(name), c)] = true
+		}
 		if k.Kind == types.ComponentKind {
 			components[path.Dir(name)] = components[path.Dir(name)]
 			return nil
 		}
 		dirs = append(dirs, path.Dir(name))
-		for _, c := range k.Components {
-			components[path.Join(path.Dir(name), c)] = true
-		}
 		return nil
 	})
 	if err != nil {

@@ -78,6 +78,9 @@ func (c *controlPlane) installed(ctx context.Context, namespace string, n int) e
 			return err
 		}
 		for _, p := range pods.Items {
+			if p.Status.Phase == corev1.PodSucceeded {
+				continue // of a Job
+			}
 			if err := podReady(&p); err != nil {
 				return err
 			}

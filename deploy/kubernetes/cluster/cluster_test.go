@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -67,6 +68,7 @@ type cluster struct {
 	*peers.APIServer
 	dynamic dynamic.Interface
 	kinds   meta.RESTMapper
+	program string // key-service, once it is built
 }
 
 func start(t *testing.T) *cluster {
@@ -76,7 +78,7 @@ func start(t *testing.T) *cluster {
 	must(t, "what the API server knows", err)
 	d, err := dynamic.NewForConfig(k.Config(t, peers.KubeAdmin))
 	must(t, "dynamic client", err)
-	return &cluster{k, d, restmapper.NewDiscoveryRESTMapper(groups)}
+	return &cluster{APIServer: k, dynamic: d, kinds: restmapper.NewDiscoveryRESTMapper(groups)}
 }
 
 // apply applies a kustomization as `kubectl apply --server-side -k` would, with
@@ -116,10 +118,12 @@ func TestApply(t *testing.T) {
 	// Controllers would make this account.
 	_, err := c.Client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
 	must(t, "default account", err)
-	for _, dir := range []string{
-		example, "../overlays/loopdriver-demo", "../examples/loopdriver-demo", "../examples/aws-ebs", "../examples/azuredisk", "../examples/cinder",
-		"../examples/gcp-pd", "../examples/hostpath", "../examples/claims", example,
-	} {
+	dirs, err := filepath.Glob("../examples/*")
+	must(t, "examples", err)
+	for _, dir := range append([]string{example, "../overlays/loopdriver-demo"}, dirs...) {
+		if others := []string{"../examples/cert-manager", "../examples/key-service-monitored"}; slices.Contains(others, dir) {
+			continue // kinds of others, which this API server does not know
+		}
 		if len(c.apply(t, dir)) == 0 {
 			t.Errorf("%s is empty", dir)
 		}
@@ -133,6 +137,7 @@ func TestApply(t *testing.T) {
 func TestKeyService(t *testing.T) {
 	c := start(t)
 	objects := c.apply(t, example)
+	c.jobs(t, objects)
 	config := c.as(t, account)
 	addr, tls := c.serve(t, objects, config)
 	c.node(t, "node-1")
@@ -175,7 +180,7 @@ func TestKeyService(t *testing.T) {
 	wants(t, "DeleteDEK by the controller", controller.DeleteDEK(ctx, id), nil)
 
 	operator, err := keyclient.New(keyclient.Config{Address: "dns:///" + addr, CAFile: filepath.Join(tls, "ca.crt"), ServerName: server,
-		CertFile: filepath.Join(tls, "operator.crt"), KeyFile: filepath.Join(tls, "operator.key")})
+		TokenFile: c.token(t, "cryptcsi-operator", "")})
 	must(t, "operator", err)
 	defer func() { _ = operator.Close() }()
 	if s, err := operator.Status(ctx); err != nil || s.Sealed || s.RecordsError != "" {
@@ -284,22 +289,19 @@ func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, acco
 	root, addr, metrics := t.TempDir(), peers.Addr(t), peers.Addr(t)
 	etc := filepath.Join(root, "etc/key-service")
 	tls = filepath.Join(etc, "tls")
-	kubeconfig := filepath.Join(root, "kubeconfig")
-	must(t, "kubeconfig", clientcmd.WriteToFile(clientcmdapi.Config{
-		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: account.Host, CertificateAuthority: account.CAFile}},
-		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"a": {Token: account.BearerToken}},
-		Contexts:       map[string]*clientcmdapi.Context{"c": {Cluster: "c", AuthInfo: "a"}},
-		CurrentContext: "c",
-	}, kubeconfig))
-	certificates(t, tls)
+	kubeconfig := kubeconfig(t, account)
+	c.secret(t, "key-service-tls", tls)
+	c.secret(t, "cryptcsi-master-secret", filepath.Join(etc, "master"))
+	c.configMap(t, "key-service-ca", tls)
 	here := strings.NewReplacer("/etc/key-service", etc, "0.0.0.0:7443", addr, ":9808", metrics)
-	write(t, filepath.Join(etc, "master/master-secret"), strings.Repeat("m", 32))
-	write(t, filepath.Join(etc, "master/salt"), strings.Repeat("s", 32))
 	var args []string
 	for _, o := range objects {
 		switch {
 		case o.GetKind() == "ConfigMap":
-			text, _, _ := unstructured.NestedString(o.Object, "data", "config.yaml")
+			text, found, _ := unstructured.NestedString(o.Object, "data", "config.yaml")
+			if !found {
+				continue
+			}
 			write(t, filepath.Join(etc, "config/config.yaml"), here.Replace(text))
 		case o.GetKind() == "Deployment":
 			containers, _, _ := unstructured.NestedSlice(o.Object, "spec", "template", "spec", "containers")
@@ -311,11 +313,7 @@ func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, acco
 			args[i] += "?kubeconfig=" + kubeconfig
 		}
 	}
-	program := filepath.Join(root, "key-service")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "github.com/cryptcsi/cryptcsi/cmd/key-service").CombinedOutput(); err != nil {
-		t.Fatalf("building key-service: %v\n%s", err, out)
-	}
-	peers.Start(t, addr, exec.Command(program, append(args, "--kubeconfig="+kubeconfig)...))
+	peers.Start(t, addr, exec.Command(c.keyService(t), append(args, "--kubeconfig="+kubeconfig)...))
 	ready(t, "http://"+metrics+"/readyz")
 	return addr, tls
 }
@@ -343,22 +341,77 @@ func ready(t *testing.T, url string) {
 	}
 }
 
-// certificates makes them as docs/key-service.md says.
-func certificates(t *testing.T, dir string) {
+// keyService is the program.
+func (c *cluster) keyService(t *testing.T) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(peers.Root(), "docs/key-service.md"))
-	must(t, "docs", err)
-	_, script, _ := strings.Cut(string(text), "```sh\nopenssl")
-	script, _, found := strings.Cut(script, "```\n")
-	if !found {
-		t.Fatal("docs/key-service.md shows no certificates made with openssl")
+	if c.program == "" {
+		c.program = filepath.Join(t.TempDir(), "key-service")
+		if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", c.program, "github.com/cryptcsi/cryptcsi/cmd/key-service").CombinedOutput(); err != nil {
+			t.Fatalf("building key-service: %v\n%s", err, out)
+		}
 	}
-	must(t, "folder", os.MkdirAll(dir, 0o700))
-	cmd := exec.CommandContext(t.Context(), "sh", "-euc", "openssl"+script)
-	cmd.Dir = dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("the openssl of docs/key-service.md: %v\n%s", err, out)
+	return c.program
+}
+
+// jobs runs what the Jobs among the objects run, each as its own account.
+func (c *cluster) jobs(t *testing.T, objects []*unstructured.Unstructured) {
+	t.Helper()
+	n := 0
+	for _, o := range objects {
+		if o.GetKind() == "Job" {
+			n++
+			if out, err := c.job(t, o); err != nil {
+				t.Fatalf("%s: %v\n%s", o.GetName(), err, out)
+			}
+		}
 	}
+	if n == 0 {
+		t.Fatal("there are no Jobs")
+	}
+}
+
+func (c *cluster) job(t *testing.T, o *unstructured.Unstructured, more ...string) (output string, err error) {
+	t.Helper()
+	pod, _, _ := unstructured.NestedMap(o.Object, "spec", "template", "spec")
+	account, _, _ := unstructured.NestedString(pod, "serviceAccountName")
+	containers, _, _ := unstructured.NestedSlice(pod, "containers")
+	args, _, _ := unstructured.NestedStringSlice(containers[0].(map[string]any), "args")
+	args = append(append(args, "--kubeconfig="+kubeconfig(t, c.as(t, account))), more...)
+	out, err := exec.CommandContext(t.Context(), c.keyService(t), args...).CombinedOutput()
+	return string(out), err
+}
+
+func kubeconfig(t *testing.T, as *rest.Config) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	must(t, "kubeconfig", clientcmd.WriteToFile(clientcmdapi.Config{
+		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: as.Host, CertificateAuthority: as.CAFile}},
+		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"a": {Token: as.BearerToken}},
+		Contexts:       map[string]*clientcmdapi.Context{"c": {Cluster: "c", AuthInfo: "a"}},
+		CurrentContext: "c",
+	}, file))
+	return file
+}
+
+// secret writes a Secret's files into a folder, as a pod has them.
+func (c *cluster) secret(t *testing.T, name, dir string) map[string][]byte {
+	t.Helper()
+	s, err := c.Client.CoreV1().Secrets(namespace).Get(t.Context(), name, metav1.GetOptions{})
+	must(t, "Secret", err)
+	for file, content := range s.Data {
+		write(t, filepath.Join(dir, file), string(content))
+	}
+	return s.Data
+}
+
+func (c *cluster) configMap(t *testing.T, name, dir string) map[string]string {
+	t.Helper()
+	m, err := c.Client.CoreV1().ConfigMaps(namespace).Get(t.Context(), name, metav1.GetOptions{})
+	must(t, "ConfigMap", err)
+	for file, content := range m.Data {
+		write(t, filepath.Join(dir, file), content)
+	}
+	return m.Data
 }
 
 func write(t *testing.T, file, content string) {
