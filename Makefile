@@ -99,8 +99,18 @@ kernel: build cryptsetups gcepd-build ## tests on a kernel with dm-crypt (VM=nat
 
 .PHONY: e2e
 e2e: build ## a real Kubernetes with the plugin as deploy/kubernetes installs it (ONLY=regexp of scenarios)
-	@test/install.sh e2e
+	@test/install.sh e2e e2e-storage e2e-previous peers=transit peers=gofakes3
 	@bin/e2e -only='$(ONLY)'
+
+.PHONY: e2e-short
+e2e-short: build ## the same in a few minutes, as .ci/run has it
+	@test/install.sh e2e
+	@bin/e2e -short -only='$(ONLY)'
+
+.PHONY: e2e-full
+e2e-full: build ## all of Kubernetes' own storage tests (an hour)
+	@test/install.sh e2e e2e-storage
+	@bin/e2e -full
 
 .PHONY: crash
 crash: build ## kill worker and guest at every step of a volume's first life (make test: a sample)

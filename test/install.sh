@@ -19,6 +19,8 @@
 #             installed on the machine, nor are their suites added to its apt)
 #   e2e       Kubernetes (without its own images) and the sidecars of CSI, built
 #             from test/e2e/*/ into .tools/bin, and what a node needs besides
+#   e2e-storage  the storage tests of Kubernetes, built from test/e2e/storage
+#   e2e-previous  the build from which tests upgrade, under .tools/previous
 #   tools     linters, built from the versions pinned in test/tools/go.mod
 #             into .tools/bin
 #
@@ -49,7 +51,10 @@ peer_packages=(
 	softhsm2 opensc # a PKCS#11 module, and a tool to ask it
 )
 
-e2e_packages=(containerd runc containernetworking-plugins iproute2)
+e2e_packages=(containerd crun containernetworking-plugins iproute2)
+
+# What tests upgrade from: the newest release; until there is one, this commit.
+previous=84298883a730b7f95331d8f6a04ecfb36e350492
 
 # Whose cryptsetup the tests use besides the machine's own: 2.3 and 2.8.
 cryptsetup_suites=(bullseye forky)
@@ -344,6 +349,48 @@ install_e2e() {
 	sed -i 's/snapshot-controller:v8\.5\.0/snapshot-controller:v8.6.0/; s/replicas: 2/replicas: 1/' "$root"/.tools/snapshot-controller/setup-*.yaml
 }
 
+# build_storage builds Kubernetes' storage tests, and what their pods run.
+build_storage() {
+	cd "$root/test/e2e/storage"
+	export GOFLAGS=-mod=readonly CGO_ENABLED=0
+	nice -n 10 go build -trimpath -ldflags '-s -w' -o "$root/.tools/bin/agnhost" k8s.io/kubernetes/test/images/agnhost
+	nice -n 10 go test -c -trimpath -ldflags '-s -w' -o "$root/.tools/bin/e2e-storage" .
+}
+
+install_storage() {
+	install_go
+	debian bash tar
+	local stamp=$root/.tools/e2e-storage
+	[ "$(cat "$stamp" 2>/dev/null)" = "$(peer_hash "$root/test/e2e/storage")" ] && return
+	mkdir -p "$root/.tools/bin"
+	quietly "Kubernetes' storage tests in .tools/bin" build_storage
+	peer_hash "$root/test/e2e/storage" >"$stamp"
+}
+
+# build_previous builds the programs of the build before this one, with its tree
+# beside them.
+build_previous() { # DIRECTORY to work in
+	git -C "$root" archive "$previous" | tar -x -C "$1"
+	local p
+	for p in csi-plugin key-service crypt-worker; do
+		nice -n 10 env -C "$1" go build -trimpath -ldflags '-s -w' -o "bin/$p" "./cmd/$p"
+	done
+	echo "$previous" >"$1/commit"
+	rm -rf "$root/.tools/previous"
+	mv "$1" "$root/.tools/previous"
+}
+
+install_previous() {
+	[ "$(cat "$root/.tools/previous/commit" 2>/dev/null)" = "$previous" ] && return
+	install_go
+	git -C "$root" cat-file -e "$previous^{commit}" 2>/dev/null ||
+		fail "commit $previous, from which tests upgrade, is not in this clone: git fetch --unshallow"
+	mkdir -p "$root/.tools"
+	work=$(mktemp -d "$root/.tools/previous.XXXXXX")
+	trap 'rm -rf "$work"' EXIT
+	quietly "the build of ${previous:0:7} in .tools/previous" build_previous "$work"
+}
+
 [ $# -gt 0 ] || set -- packages go
 for group; do
 	case $group in
@@ -354,7 +401,9 @@ for group; do
 	peers=*) install_peers "${group#peers=}" ;;
 	cryptsetup-next) install_cryptsetup_next ;;
 	e2e) install_e2e ;;
+	e2e-storage) install_storage ;;
+	e2e-previous) install_previous ;;
 	tools) install_tools ;;
-	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e tools" ;;
+	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e e2e-storage e2e-previous tools" ;;
 	esac
 done

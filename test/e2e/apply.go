@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"regexp"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -14,9 +15,17 @@ import (
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 )
 
+// ourImage is the image of one of our programs, as manifests name it.
+var ourImage = regexp.MustCompile(`("cryptcsi/(?:csi-plugin|key-service)):dev`)
+
 // apply does what `kubectl apply --server-side -k` does, with fields that the
 // API server does not know an error.
 func (c *controlPlane) apply(ctx context.Context, dir string) error {
+	return c.applyTagged(ctx, dir, "dev")
+}
+
+// applyTagged is apply with another tag at our images.
+func (c *controlPlane) applyTagged(ctx context.Context, dir, tag string) error {
 	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
 	if err != nil {
 		return err
@@ -31,6 +40,7 @@ func (c *controlPlane) apply(ctx context.Context, dir string) error {
 		if err != nil {
 			return err
 		}
+		text = ourImage.ReplaceAll(text, []byte("${1}:"+tag))
 		o := &unstructured.Unstructured{}
 		if err := o.UnmarshalJSON(text); err != nil {
 			return err

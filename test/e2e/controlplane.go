@@ -96,6 +96,29 @@ func (c *controlPlane) start(name string, args ...string) error {
 	return err
 }
 
+// lose ends everything as a power cut does.
+func (c *controlPlane) lose() {
+	for _, p := range c.processes {
+		_ = p.cmd.Process.Kill()
+	}
+	for _, p := range c.processes {
+		<-p.done
+	}
+}
+
+// restart starts what was lost, on the data that is there, and returns when the
+// API server is ready.
+func (c *controlPlane) restart(ctx context.Context) error {
+	lost := c.processes
+	c.processes = nil
+	for _, p := range lost {
+		if err := c.start(p.name, p.cmd.Args[2:]...); err != nil {
+			return err
+		}
+	}
+	return c.awaitAPI(ctx)
+}
+
 func (c *controlPlane) startAPIServer() error {
 	s := c.site
 	cert, key, err := c.ca.issue("kube-apiserver", "", hostIP, apiService, "127.0.0.1", "kubernetes", "kubernetes.default", "kubernetes.default.svc")

@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,31 +17,117 @@ import (
 const diskBytes = 12 << 30
 
 // makeDisk makes the node's disk with all images in containerd's store: here,
-// because unpacking takes a guest ten times as long.
-func makeDisk(ctx context.Context, s site) (err error) {
-	f, err := os.Create(s.path(diskFile))
+// because unpacking takes a guest ten times as long. What others have built
+// is on a disk that is kept and copied.
+func makeDisk(ctx context.Context, s site, o options) (string, error) {
+	others, err := othersImages(s)
 	if err != nil {
-		return err
+		return "", err
 	}
-	if err := errors.Join(f.Truncate(diskBytes), f.Close()); err != nil {
-		return err
+	if o.withSuite() {
+		suite, err := suiteImages(s)
+		if err != nil {
+			return "", err
+		}
+		others = append(others, suite...)
 	}
+	ours, err := ourImages(s)
+	if err != nil {
+		return "", err
+	}
+	if o.upgrades() {
+		before, err := previousImages(s, ours)
+		if err != nil {
+			return "", err
+		}
+		ours = append(ours, before...)
+	}
+	base, err := keptDisk(ctx, s, others)
+	if err != nil {
+		return "", err
+	}
+	if err := commands(ctx, "cp --sparse=always "+base+" "+s.path(diskFile)); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d images, of which %d are ours", len(others)+len(ours), len(ours)), fillDisk(ctx, s, s.path(diskFile), ours)
+}
+
+// keptDisk returns a disk with these images, which is made where there is none.
+func keptDisk(ctx context.Context, s site, images []image) (string, error) {
+	name, err := nameOf(images)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(s.bin, "../.cache/e2e")
+	kept := filepath.Join(dir, "disk-"+name)
+	if _, err := os.Stat(kept); err == nil {
+		return kept, nil
+	}
+	old, _ := filepath.Glob(filepath.Join(dir, "disk-*"))
+	for _, o := range old {
+		_ = os.Remove(o)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	// Under its name there is a whole one only.
+	unfinished := kept + ".unfinished"
+	if err := os.WriteFile(unfinished, nil, 0o600); err != nil {
+		return "", err
+	}
+	if err := os.Truncate(unfinished, diskBytes); err != nil {
+		return "", err
+	}
+	if err := commands(ctx, "mkfs.ext4 -q -E lazy_itable_init=1,lazy_journal_init=1 "+unfinished); err != nil {
+		return "", err
+	}
+	if err := fillDisk(ctx, s, unfinished, images); err != nil {
+		return "", err
+	}
+	return kept, os.Rename(unfinished, kept)
+}
+
+// nameOf tells images from others by their files, without reading these.
+func nameOf(images []image) (string, error) {
+	var about []string
+	for _, i := range images {
+		for _, l := range i.layers {
+			for name, source := range l {
+				about = append(about, name, source)
+				if !filepath.IsAbs(source) {
+					continue
+				}
+				info, err := os.Stat(source)
+				if err != nil {
+					return "", err
+				}
+				about = append(about, fmt.Sprint(name, info.Size(), info.ModTime().UnixNano()))
+			}
+		}
+	}
+	slices.Sort(about)
+	sum := sha256.Sum256(fmt.Append(nil, diskBytes, images, about))
+	return fmt.Sprintf("%x", sum[:8]), nil
+}
+
+// fillDisk imports images into containerd's store on a disk.
+func fillDisk(ctx context.Context, s site, disk string, images []image) (err error) {
 	at := s.path("disk")
-	if err := os.Mkdir(at, 0o755); err != nil {
+	if err := os.MkdirAll(at, 0o755); err != nil {
 		return err
 	}
-	if err := commands(ctx,
-		"mkfs.ext4 -q -E lazy_itable_init=1,lazy_journal_init=1 "+f.Name(),
-		"mount -o loop "+f.Name()+" "+at,
-	); err != nil {
+	if err := commands(ctx, "mount -o loop "+disk+" "+at); err != nil {
 		return err
 	}
 	// The loop device goes with the mount.
 	defer func() { err = errors.Join(err, unix.Unmount(at, 0)) }()
+	if err := writeImages(s, images); err != nil {
+		return err
+	}
 	return importImages(ctx, s, at+"/containerd")
 }
 
-// importImages fills containerd's store, which begins empty, from imagesFile.
+// importImages adds those of imagesFile to containerd's store.
 func importImages(ctx context.Context, s site, store string) error {
 	const socket = "/run/e2e/containerd.sock"
 	config := fmt.Sprintf("version = 2\nroot = %q\nstate = \"/run/e2e/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = %q\n", store, socket)

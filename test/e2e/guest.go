@@ -8,7 +8,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -57,19 +56,3 @@ func (g *guest) ready(ctx context.Context, since time.Time) error {
 // crash ends the machine as a power cut does. What its kernel had not written
 // is lost; the Node object stays.
 func (g *guest) crash() { g.vm.stop() }
-
-// gone waits until the cluster has noticed that the node is away.
-func (g *guest) gone(ctx context.Context) error {
-	return g.plane.await(ctx, 2*time.Minute, "the node's end", func(ctx context.Context) error {
-		n, err := g.plane.client.CoreV1().Nodes().Get(ctx, nodeName, metav1.GetOptions{})
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		for _, condition := range n.Status.Conditions {
-			if condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
-				return errors.New("the node is still Ready")
-			}
-		}
-		return err
-	})
-}

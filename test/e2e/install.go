@@ -35,8 +35,8 @@ func (c *controlPlane) installVendor(ctx context.Context) error {
 func (s site) source(name string) string { return filepath.Join(s.bin, "..", name) }
 
 // install does what docs/install.md says: what is secret by hand, everything
-// else from manifests.
-func (c *controlPlane) install(ctx context.Context) error {
+// else from manifests; those of the previous build, where that is to be upgraded.
+func (c *controlPlane) install(ctx context.Context, previous bool) error {
 	create := metav1.CreateOptions{}
 	if _, err := c.client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, create); err != nil {
 		return err
@@ -66,6 +66,9 @@ func (c *controlPlane) install(ctx context.Context) error {
 	_, err = c.client.CoreV1().ConfigMaps(namespace).Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "key-service-ca"}, Data: map[string]string{"ca.crt": string(files["ca.crt"])}}, create)
 	if err != nil {
 		return err
+	}
+	if previous {
+		return c.applyTagged(ctx, filepath.Join(c.site.previous(), "test/e2e/cluster"), previousTag)
 	}
 	return c.apply(ctx, c.site.source("test/e2e/cluster"))
 }
@@ -116,15 +119,15 @@ func podReady(p *corev1.Pod) error {
 	return fmt.Errorf("pod %s: %s", p.Name, strings.Join(why, "; "))
 }
 
-// registered waits until kubelet has the driver.
-func (c *controlPlane) registered(ctx context.Context) error {
+// registered waits until kubelet has a driver.
+func (c *controlPlane) registered(ctx context.Context, driver string) error {
 	return c.await(ctx, time.Minute, "registration with kubelet", func(ctx context.Context) error {
 		n, err := c.client.StorageV1().CSINodes().Get(ctx, nodeName, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
 		for _, d := range n.Spec.Drivers {
-			if d.Name == driverName {
+			if d.Name == driver {
 				return nil
 			}
 		}

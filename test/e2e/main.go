@@ -4,7 +4,7 @@
 // upstream sidecars, and the key service, as deploy/kubernetes installs them.
 //
 //	make e2e
-//	bin/e2e [-only REGEXP] [-keep]
+//	bin/e2e [-short] [-full] [-only REGEXP] [-keep]
 //
 // Everything runs in namespaces of its own and listens there: nothing is left
 // when the program ends, however it ends, but a folder with logs where
@@ -35,6 +35,8 @@ func main() {
 	switch dir := os.Getenv(insideEnv); {
 	case len(os.Args) == 3 && os.Args[1] == "node":
 		err = runNode(os.Args[2])
+	case len(os.Args) == 4 && os.Args[1] == "registrar":
+		err = runRegistrar(os.Args[2], os.Args[3])
 	case dir != "":
 		err = inside(dir)
 	default:
@@ -48,13 +50,22 @@ func main() {
 
 // options are the command line's.
 type options struct {
-	only *regexp.Regexp
-	keep bool
+	only        *regexp.Regexp
+	keep, short bool
+	full        bool
 }
+
+// upgrades says whether the story begins with the build before this one.
+func (o options) upgrades() bool { return !o.short && o.only.MatchString(upgradeText) }
+
+// withSuite says whether Kubernetes' own tests run.
+func (o options) withSuite() bool { return o.full || !o.short && o.only.MatchString(suiteText) }
 
 func parseOptions() (options, error) {
 	only := flag.String("only", "", "run the scenarios whose text this `expression` matches; what they need runs anyway")
 	var o options
+	flag.BoolVar(&o.short, "short", false, "leave out what takes long")
+	flag.BoolVar(&o.full, "full", false, "run nothing but all of Kubernetes' own storage tests")
 	flag.BoolVar(&o.keep, "keep", false, "when all is done, wait for an interrupt; the message says how to look around")
 	flag.Parse()
 	var err error

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -54,18 +55,31 @@ func runNode(dir string) error {
 }
 
 // keepKubelet runs kubelet, again when it has ended, as systemd does; until
-// containerd ends, or kubelet does so too often.
+// containerd ends, or kubelet does so too often by itself.
 func keepKubelet(ctx context.Context, s site, containerd *process) error {
-	for range 10 {
+	kill, err := acceptKills()
+	if err != nil {
+		return err
+	}
+	var killer net.Conn
+	for ends := 0; ends < 10; {
 		kubelet, err := start(s.logs(), "kubelet", s.kub, "kubelet", "--config=/etc/kubelet-e2e.json", "--kubeconfig="+s.path("kubelet.kubeconfig"),
 			"--hostname-override="+nodeName, "--node-ip="+nodeIP, "--v=2")
 		if err != nil {
 			return err
 		}
+		if killer != nil {
+			_ = killer.Close()
+			killer = nil
+		}
 		select {
 		case <-containerd.done:
 			return nil
+		case killer = <-kill:
+			_ = kubelet.cmd.Process.Kill()
+			<-kubelet.done
 		case <-kubelet.done:
+			ends++
 			fmt.Println("node:", kubelet.failed())
 			if messages, err := command(ctx, "dmesg"); err == nil {
 				fmt.Println(messages[max(0, len(messages)-4000):])
@@ -73,6 +87,25 @@ func keepKubelet(ctx context.Context, s site, containerd *process) error {
 		}
 	}
 	return errors.New("kubelet ends again and again")
+}
+
+// acceptKills hands out who connects to killAddress.
+func acceptKills() (<-chan net.Conn, error) {
+	l, err := net.Listen("tcp", killAddress)
+	if err != nil {
+		return nil, err
+	}
+	kill := make(chan net.Conn)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			kill <- conn
+		}
+	}()
+	return kill, nil
 }
 
 func nodeNetwork(ctx context.Context) error {
@@ -144,12 +177,18 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   sandbox_image = "` + pauseImage + `"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
+    # Starting a Go program takes this kernel a third of a second, and runc is
+    # started five times for a container.
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      BinaryName = "/usr/bin/crun"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "/etc/cni/net.d"
 `
 
-// On one slow processor pods are started by and by; nothing is ever evicted.
+// On one slow processor pods are started by and by; nothing is ever evicted. A
+// volume is attached and detached when the node's status says that it is or is
+// not in use, and grows when its pod is looked at: both happen soon.
 const kubeletConfig = `{
   "kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1",
   "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true}, "x509": {"clientCAFile": "CA-FILE"}},
@@ -159,7 +198,7 @@ const kubeletConfig = `{
   "containerRuntimeEndpoint": "unix://` + containerdSocket + `",
   "evictionHard": {"memory.available": "16Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%"},
   "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
-  "serializeImagePulls": true, "nodeStatusUpdateFrequency": "5s"
+  "serializeImagePulls": true, "nodeStatusUpdateFrequency": "1s", "nodeStatusReportFrequency": "10s", "syncFrequency": "5s"
 }
 `
 

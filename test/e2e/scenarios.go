@@ -23,20 +23,52 @@ func integrity() want {
 	return want{name: "integrity", class: "encrypted-integrity", size: "64Mi"}
 }
 
+// The texts of two scenarios, for which more than themselves is made ready.
+const (
+	upgradeText = "upgrade from the build before, with volumes in use"
+	suiteText   = "Kubernetes' own storage tests"
+)
+
 // scenarios are told in this order; a later one may use what an earlier one has
-// left.
+// left. What disturbs nothing is done beside each other.
 func (t *tester) scenarios(ctx context.Context, s *story) {
-	s.scenario("a claim and a pod: a filesystem, encrypted, with what the pod writes", func() (string, error) { return t.firstVolume(ctx) })
-	s.scenario("the pod is deleted and comes back: the data is there", func() (string, error) { return "", t.returns(ctx, filesystem()) })
-	s.scenario("a block volume: written, the pod deleted, read by the next", func() (string, error) { return "", t.blockVolume(ctx) })
-	s.scenario("a volume with integrity: written, the pod deleted, read by the next", func() (string, error) { return "", t.integrityVolume(ctx) })
+	if s.o.full {
+		_ = s.that(suiteText+", all of them", func() (string, error) { return t.externalStorage(ctx, [][]string{{""}}) })
+		return
+	}
+	_ = together(
+		func() error {
+			return s.that("a claim and a pod: a filesystem, encrypted, with what the pod writes", func() (string, error) { return t.firstVolume(ctx) })
+		},
+		func() error {
+			return s.that("a block volume", func() (string, error) { return "", t.blockVolume(ctx) })
+		},
+		func() error {
+			return s.that("a volume with integrity", func() (string, error) { return "", t.integrityVolume(ctx) })
+		},
+	)
+	s.thorough(upgradeText, func() (string, error) { return t.upgrade(ctx) })
+	s.scenario("the three pods are deleted and come back: the data is there", func() (string, error) {
+		return "", together(
+			func() error { return t.returns(ctx, filesystem()) },
+			func() error { return t.returns(ctx, block()) },
+			func() error { return t.returns(ctx, integrity()) })
+	})
 	s.scenario("the filesystem grows under its pod", func() (string, error) { return t.expand(ctx) })
 	s.scenario("a snapshot is taken, with a record of its own", func() (string, error) { return t.snapshot(ctx) })
-	s.scenario("the plugin is killed while it stages: the next one goes on", func() (string, error) { return "", t.pluginKilled(ctx) })
-	s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
+	s.scenario("snapshot and volume are made into new volumes: the data is there, under keys of their own", func() (string, error) { return t.copies(ctx) })
 	s.scenario("a node to which the volume is not attached gets no key", func() (string, error) { return t.otherNode(ctx) })
 	s.scenario("a wrong parameter in a StorageClass: the claim says so", func() (string, error) { return t.wrongParameter(ctx) })
-	s.scenario("the node loses its power and boots: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
+	s.scenario("the plugin is killed while it stages: the next one goes on", func() (string, error) { return "", t.pluginKilled(ctx) })
+	s.scenario("kubelet is killed with volumes in use: pods go on, and volumes come and go", func() (string, error) { return t.kubeletRestarted(ctx) })
+	s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
+	s.thorough(suiteText+", a selection", func() (string, error) { return t.externalStorage(ctx, selection()) })
+	s.thorough("from claim to running pod, encrypted and not", func() (string, error) { return t.latency(ctx) })
+	s.thorough("drop-in under the vendor's name: an unencrypted volume stays, a new one is encrypted, keys are outside of the cluster", func() (string, error) { return t.dropIn(ctx) })
+	s.thorough(fmt.Sprintf("a pod with %d volumes", many), func() (string, error) { return t.manyVolumes(ctx) })
+	s.thorough("a volume with integrity loses its pod and its plugin while it initialises in the background", func() (string, error) { return t.initialises(ctx) })
+	s.scenario("the whole cluster loses its power: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
+	s.thorough("what was cut off while it initialised goes on", func() (string, error) { return t.initialised(ctx) })
 	s.scenario("a claim is deleted: the volume is gone, and its key with it", func() (string, error) { return t.deleted(ctx) })
 }
 
@@ -101,17 +133,15 @@ func (t *tester) blockVolume(ctx context.Context) error {
 	if _, err := t.sh(ctx, "block", "printf '"+marker+"' | dd of=/dev/data conv=notrunc,fsync"); err != nil {
 		return err
 	}
-	return errors.Join(t.noPlaintext(ctx, "block"), t.returns(ctx, block()))
+	return t.noPlaintext(ctx, "block")
 }
 
 func (t *tester) integrityVolume(ctx context.Context) error {
 	if err := t.up(ctx, integrity()); err != nil {
 		return err
 	}
-	if _, err := t.sh(ctx, "integrity", "echo '"+marker+"' > /data/file && sync"); err != nil {
-		return err
-	}
-	return t.returns(ctx, integrity())
+	_, err := t.sh(ctx, "integrity", "echo '"+marker+"' > /data/file && sync")
+	return err
 }
 
 func (t *tester) expand(ctx context.Context) (string, error) {
@@ -163,10 +193,17 @@ func (t *tester) pluginKilled(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := t.kubectl(ctx, "delete", "pod", "-n", namespace, "-l", "app.kubernetes.io/component=node", "--force", "--grace-period=0"); err != nil {
+	if err := errors.Join(t.killPlugin(ctx), t.installed(ctx, namespace, 3), t.running(ctx, w.name)); err != nil {
 		return err
 	}
-	return errors.Join(t.installed(ctx, namespace, 3), t.running(ctx, w.name))
+	_, err = t.sh(ctx, w.name, "echo '"+marker+"' > /data/file && sync")
+	return err
+}
+
+// killPlugin lets the node's plugin end at once; another is started by itself.
+func (t *tester) killPlugin(ctx context.Context) error {
+	_, err := t.kubectl(ctx, "delete", "pod", "-n", namespace, "-l", "app.kubernetes.io/component=node", "--force", "--grace-period=0")
+	return err
 }
 
 func (t *tester) keyServiceAway(ctx context.Context) (string, error) {
@@ -210,45 +247,6 @@ func (t *tester) wrongParameter(ctx context.Context) (string, error) {
 		return errors.New(t.events(ctx, "wrong"))
 	})
 	return said, err
-}
-
-func (t *tester) powerCut(ctx context.Context) (string, error) {
-	pods, err := t.client.CoreV1().Pods(user).List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return "", err
-	}
-	t.node.crash()
-	if err := t.node.gone(ctx); err != nil {
-		return "", err
-	}
-	begin := time.Now()
-	if err := errors.Join(t.node.boot(), t.node.ready(ctx, begin)); err != nil {
-		return "", err
-	}
-	ready := time.Since(begin)
-	for _, p := range pods.Items {
-		if err := t.restarted(ctx, p.Name, begin); err != nil {
-			return "", err
-		}
-	}
-	detail := fmt.Sprintf("node ready %.1f s, %d pods with their volumes %.1f s after the power came back", ready.Seconds(), len(pods.Items), time.Since(begin).Seconds())
-	return detail, errors.Join(t.reads(ctx, filesystem()), t.reads(ctx, block()), t.reads(ctx, integrity()))
-}
-
-// restarted waits until a pod's container has started since a time.
-func (t *tester) restarted(ctx context.Context, name string, since time.Time) error {
-	return t.await(ctx, patience, "pod "+name, func(ctx context.Context) error {
-		p, err := t.client.CoreV1().Pods(user).Get(ctx, name, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		for _, s := range p.Status.ContainerStatuses {
-			if r := s.State.Running; r != nil && r.StartedAt.After(since.Truncate(time.Second)) {
-				return podReady(p)
-			}
-		}
-		return fmt.Errorf("it has not started again\n%s", t.events(ctx, name))
-	})
 }
 
 func (t *tester) deleted(ctx context.Context) (string, error) {

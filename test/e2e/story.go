@@ -1,20 +1,35 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
 // story prints what is done, how it ended and how long it took, line by line.
 type story struct {
-	begin  time.Time
-	o      options
+	begin time.Time
+	o     options
+	// keep writes down how things stand where one has failed; nil as long as
+	// there is nothing to look at.
+	keep func(n int)
+
+	mu     sync.Mutex // things are done beside each other
 	failed int
+	told   []told
+}
+
+// told is what a line says.
+type told struct {
+	text string
+	took time.Duration
 }
 
 // that does one thing and prints a line. Where a thing fails those that build
@@ -22,11 +37,17 @@ type story struct {
 func (s *story) that(text string, do func() (string, error)) error {
 	start := time.Now()
 	detail, err := do()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	mark := "ok  "
 	if err != nil {
 		mark = "FAIL"
 		s.failed++
+		if s.keep != nil {
+			s.keep(s.failed)
+		}
 	}
+	s.told = append(s.told, told{text, time.Since(start)})
 	fmt.Printf("%s %6.1fs %5.1fs  %s\n", mark, time.Since(s.begin).Seconds(), time.Since(start).Seconds(), text)
 	if err != nil {
 		detail = strings.TrimSpace(detail + "\n" + err.Error())
@@ -44,6 +65,22 @@ func (s *story) scenario(text string, do func() (string, error)) {
 	}
 }
 
+// thorough is a scenario that is left out where there is little time.
+func (s *story) thorough(text string, do func() (string, error)) {
+	if !s.o.short {
+		s.scenario(text, do)
+	}
+}
+
+// table prints where the time went, the longest first.
+func (s *story) table() {
+	slices.SortStableFunc(s.told, func(a, b told) int { return cmp.Compare(b.took, a.took) })
+	fmt.Printf("\n%d things in %.0f s, %d failed:\n", len(s.told), time.Since(s.begin).Seconds(), s.failed)
+	for _, t := range s.told {
+		fmt.Printf("%7.1f s  %s\n", t.took.Seconds(), t.text)
+	}
+}
+
 // run is the whole story.
 func run(ctx context.Context, dir string, o options) error {
 	self, err := os.Executable()
@@ -57,10 +94,22 @@ func run(ctx context.Context, dir string, o options) error {
 	}
 	st := &story{begin: time.Now(), o: o}
 	err = tell(ctx, st, s)
+	st.table()
 	if err == nil && st.failed > 0 {
 		err = fmt.Errorf("%d failed", st.failed)
 	}
 	return err
+}
+
+// together does things beside each other, and returns when all are done.
+func together(things ...func() error) error {
+	errs := make([]error, len(things))
+	var all sync.WaitGroup
+	for i, do := range things {
+		all.Go(func() { errs[i] = do() })
+	}
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // tell brings the cluster up, runs the scenarios and takes the cluster down.
@@ -76,45 +125,45 @@ func tell(ctx context.Context, st *story, s site) error {
 			node.crash()
 		}
 	}()
-	err := st.that("images and a disk are made", func() (string, error) {
-		images, err := makeImages(s)
-		return images, errors.Join(err, makeDisk(ctx, s))
-	})
+	err := together(
+		func() error {
+			return st.that("a disk for the node, with images on it", func() (string, error) { return makeDisk(ctx, s, st.o) })
+		},
+		func() (err error) {
+			return st.that("the control plane starts: etcd, API server, controller manager, scheduler", func() (string, error) {
+				plane, err = startControlPlane(ctx, s)
+				node.plane = plane
+				return "", err
+			})
+		},
+	)
 	if err != nil {
 		return err
 	}
-	err = st.that("the control plane starts: etcd, API server, controller manager, scheduler", func() (string, error) {
-		plane, err = startControlPlane(ctx, s)
-		node.plane = plane
-		return "", err
-	})
+	begin := time.Now()
+	if err := node.boot(); err != nil {
+		return err
+	}
+	err = together(
+		func() error {
+			return st.that("the node boots: a guest with dm-crypt, containerd, kubelet", func() (string, error) { return "", node.ready(ctx, begin) })
+		},
+		func() error {
+			return st.that("a vendor's driver, the snapshot controller and cryptcsi are applied", func() (string, error) {
+				return "", errors.Join(serveDNS(ctx, plane.client), plane.installVendor(ctx), plane.install(ctx, st.o.upgrades()))
+			})
+		},
+	)
 	if err != nil {
 		return err
 	}
-	err = st.that("the node boots: a guest with dm-crypt, containerd, kubelet", func() (string, error) {
-		begin := time.Now()
-		if err := node.boot(); err != nil {
-			return "", err
-		}
-		return "", node.ready(ctx, begin)
-	})
-	if err != nil {
-		return err
-	}
-	err = st.that("a vendor's driver and the snapshot controller are installed", func() (string, error) {
-		return "", errors.Join(serveDNS(ctx, plane.client), plane.installVendor(ctx))
-	})
-	if err != nil {
-		return err
-	}
-	err = st.that("cryptcsi is installed: key service, controller with sidecars, node plugin; all pods are ready", func() (string, error) {
-		if err := plane.install(ctx); err != nil {
-			return "", err
-		}
-		return "", errors.Join(plane.installed(ctx, namespace, 3), plane.registered(ctx))
+	err = st.that("cryptcsi is there: key service, controller with sidecars, node plugin; all pods are ready", func() (string, error) {
+		return "", errors.Join(plane.installed(ctx, namespace, 3), plane.registered(ctx, driverName))
 	})
 	if err == nil {
-		(&tester{plane, node}).scenarios(ctx, st)
+		t := &tester{plane, node}
+		st.keep = func(n int) { t.dump(ctx, n) }
+		t.scenarios(ctx, st)
 	}
 	return err
 }

@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -17,6 +20,9 @@ const (
 	user     = metav1.NamespaceDefault
 	patience = 5 * time.Minute // of a pod for its volumes, on a machine that others use too
 )
+
+// userImage is what pods of users run.
+const userImage = "docker.io/library/busybox:1.36"
 
 // tester is a user of the cluster, and who looks at what the user has.
 type tester struct {
@@ -51,7 +57,7 @@ func (t *tester) claim(ctx context.Context, w want) error {
 // does not wait for it. Its controller is nobody: it stays deleted.
 func (t *tester) pod(ctx context.Context, w want) error {
 	grace := int64(1)
-	container := corev1.Container{Name: "c", Image: "docker.io/library/busybox:1.36", Command: []string{"sh", "-c", "sleep 1000000"}}
+	container := corev1.Container{Name: "c", Image: userImage, Command: []string{"sh", "-c", "trap exit TERM; sleep 1000000 & wait"}}
 	if w.block {
 		container.VolumeDevices = []corev1.VolumeDevice{{Name: "data", DevicePath: "/dev/data"}}
 	} else {
@@ -59,6 +65,8 @@ func (t *tester) pod(ctx context.Context, w want) error {
 	}
 	_, err := t.client.CoreV1().Pods(user).Create(ctx, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: w.name}, Spec: corev1.PodSpec{
 		TerminationGracePeriodSeconds: &grace, Containers: []corev1.Container{container},
+		// Nothing that takes time and is not asked for.
+		HostNetwork: true, AutomountServiceAccountToken: new(bool),
 		// A node that is away for a while keeps its pods.
 		Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
 		Volumes: []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{
@@ -96,12 +104,19 @@ func (t *tester) events(ctx context.Context, name string) string {
 	return text.String()
 }
 
-// up makes claim and pod and waits for the pod.
-func (t *tester) up(ctx context.Context, w want) error {
-	if err := errors.Join(t.claim(ctx, w), t.pod(ctx, w)); err != nil {
-		return err
+// up makes claims and a pod for each, and waits for the pods.
+func (t *tester) up(ctx context.Context, wants ...want) error {
+	for _, w := range wants {
+		if err := errors.Join(t.claim(ctx, w), t.pod(ctx, w)); err != nil {
+			return err
+		}
 	}
-	return t.running(ctx, w.name)
+	for _, w := range wants {
+		if err := t.running(ctx, w.name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // down deletes a pod and waits until it is gone and its volume not attached any
@@ -160,6 +175,22 @@ func (t *tester) kubectl(ctx context.Context, args ...string) (string, error) {
 	return command(ctx, append([]string{t.site.kub, "kubectl", "--kubeconfig=" + t.site.path("admin.kubeconfig")}, args...)...)
 }
 
+// dump writes what the cluster says of itself into the logs: objects, events and
+// what containers have printed.
+func (t *tester) dump(ctx context.Context, n int) {
+	dir := filepath.Join(t.site.logs(), fmt.Sprintf("cluster-%d", n))
+	if _, err := t.kubectl(ctx, "cluster-info", "dump", "--all-namespaces", "--output-directory="+dir); err != nil {
+		fmt.Println(err)
+	}
+	objects, err := t.kubectl(ctx, "get", "pvc,pv,volumeattachments,csinodes,volumesnapshots", "-A", "-o", "yaml")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "volumes.yaml"), []byte(objects), 0o600)
+	}
+	if err != nil {
+		fmt.Println(err)
+	}
+}
+
 // record is the record of a volume's DEK as it lies in the store, empty if there
 // is none.
 func (t *tester) record(ctx context.Context, volumeID string) (string, error) {
@@ -169,7 +200,8 @@ func (t *tester) record(ctx context.Context, volumeID string) (string, error) {
 	}
 	for _, s := range secrets.Items {
 		for _, data := range s.Data {
-			if strings.Contains(string(data), `"`+driverName+"/"+volumeID+`"`) {
+			var r storedRecord
+			if json.Unmarshal(data, &r) == nil && r.ID == driverName+"/"+volumeID {
 				return string(data), nil
 			}
 		}

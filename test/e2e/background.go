@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// background is a volume with integrity that is in use long before all of it was
+// written once.
+func background() want { return want{name: "background", class: "encrypted-integrity", size: "1Gi"} }
+
+// initialises lets a volume lose its pod, and its plugin, while it is written in
+// the background. A pod that writes keeps that from ending soon.
+func (t *tester) initialises(ctx context.Context) (string, error) {
+	if err := t.up(ctx, background()); err != nil {
+		return "", err
+	}
+	if _, err := t.sh(ctx, "background", "echo '"+marker+"' > /data/file && sync"); err != nil {
+		return "", err
+	}
+	var seen []string
+	look := func(when string) error {
+		far, err := t.hydrated(ctx, "background")
+		seen = append(seen, when+" "+far)
+		if err == nil && (far == "" || far == "-") {
+			err = fmt.Errorf("%s: it is not initialised in the background", when)
+		}
+		return err
+	}
+	_, err := t.writes(ctx, "background")
+	if err := errors.Join(err, look("with a pod that writes"), t.returns(ctx, background()), t.killPlugin(ctx)); err != nil {
+		return strings.Join(seen, ", "), err
+	}
+	if err := errors.Join(t.installed(ctx, namespace, 3), t.reads(ctx, background())); err != nil {
+		return strings.Join(seen, ", "), err
+	}
+	_, err = t.writes(ctx, "background")
+	return strings.Join(seen, ", "), errors.Join(err, look("after pod and plugin were killed"))
+}
+
+// initialised waits until that has come to its end.
+func (t *tester) initialised(ctx context.Context) (string, error) {
+	begin := time.Now()
+	err := t.await(ctx, patience, "the end of initialising", func(ctx context.Context) error {
+		far, err := t.hydrated(ctx, "background")
+		if err == nil && far != "-" {
+			err = errors.New("it is at " + far)
+		}
+		return err
+	})
+	return fmt.Sprintf("all of it %.0f s later", time.Since(begin).Seconds()), errors.Join(err, t.returns(ctx, background()))
+}
+
+// hydrated is how far the volume of a claim is initialised, as csi-plugin
+// inspect shows it: "-" where nothing is left to do.
+func (t *tester) hydrated(ctx context.Context, claim string) (string, error) {
+	v, err := t.volume(ctx, claim)
+	if err != nil {
+		return "", err
+	}
+	table, err := t.kubectl(ctx, "exec", "-n", namespace, "daemonset/cryptcsi-node", "--", "csi-plugin", "inspect", "--headers=false")
+	if err != nil {
+		return "", err
+	}
+	column := -1
+	for line := range strings.Lines(table) {
+		fields := strings.Fields(line)
+		for i, f := range fields {
+			if f == "HYDRATED" {
+				column = i
+			}
+		}
+		if len(fields) > column && column >= 0 && fields[0] == v.Spec.CSI.VolumeHandle {
+			return fields[column], nil
+		}
+	}
+	return "", fmt.Errorf("csi-plugin inspect does not show %s:\n%s", v.Spec.CSI.VolumeHandle, table)
+}
