@@ -33,12 +33,12 @@ const layerUUID = "CRYPTCSI-"
 // cloneBlock is dm-clone's unit of metadata; the first one is its superblock.
 const cloneBlock = 4096
 
-// What background hydration copies at once, and has under way at most: enough
-// to keep a disk busy that answers within milliseconds, and little enough to be
-// over soon when the pod wants the disk.
+// What background hydration copies at once, and has under way at most: little,
+// to be over soon when the pod wants the disk. It is enough for a slow disk too,
+// because dm-integrity has done a write when it is in its journal's memory.
 const (
-	hydrationBatch = 128 << 10
-	hydrationLimit = 512 << 10
+	hydrationBatch = 64 << 10
+	hydrationLimit = 256 << 10
 )
 
 func (o *operation) cloned() bool { return o.Spec.Layout == dek.LayoutClone }

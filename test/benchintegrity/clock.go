@@ -57,6 +57,29 @@ func (c *clock) timed(do func() error) (time.Duration, error) {
 	return end - began, errors.Join(err, e)
 }
 
+// timer tells when a time is over, without asking the host all the time: no
+// more can have passed than on the wall.
+type timer struct {
+	*clock
+	end   time.Duration
+	until time.Time // not over before
+}
+
+func (c *clock) timer(length time.Duration) (*timer, error) {
+	now, err := c.now()
+	return &timer{clock: c, end: now + length, until: time.Now().Add(length)}, err
+}
+
+func (t *timer) over() (bool, error) {
+	if time.Now().Before(t.until) {
+		return false, nil
+	}
+	now, err := t.now()
+	left := t.end - now
+	t.until = time.Now().Add(max(left, 10*time.Millisecond))
+	return left <= 0, err
+}
+
 // settle waits until the guest has done what an earlier step left behind, or a
 // while. By the time on the wall nobody can tell, so it waits a moment.
 func (c *clock) settle() error {

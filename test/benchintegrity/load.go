@@ -36,7 +36,8 @@ func unit(workload string) string {
 	return "/s"
 }
 
-// load runs a workload on a device for a while, no place twice.
+// load runs a workload on a device until length of the clock has passed, no
+// place twice.
 func (c *clock) load(path, workload string, length time.Duration, buf []byte) (speed, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT, 0)
 	if err != nil {
@@ -54,8 +55,14 @@ func (c *clock) load(path, workload string, length time.Duration, buf []byte) (s
 	b := buf[:chunk]
 	var times []time.Duration
 	took, err := c.timed(func() error {
-		began := time.Now()
-		for i := int64(0); i < size/chunk && time.Since(began) < length; i++ {
+		t, err := c.timer(length)
+		if err != nil {
+			return err
+		}
+		for i := int64(0); i < size/chunk; i++ {
+			if over, err := t.over(); over || err != nil {
+				return err
+			}
 			at := i
 			if order != nil {
 				at = int64(order[i])
