@@ -60,7 +60,7 @@ func (c *clock) load(path, workload string, length time.Duration, buf []byte) (s
 			return err
 		}
 		for i := int64(0); i < size/chunk; i++ {
-			if over, err := t.over(); over || err != nil {
+			if over, err := t.over(); i > 0 && (over || err != nil) {
 				return err
 			}
 			at := i

@@ -105,7 +105,7 @@ func (b *bench) duringHydration(s *stack.Stack) error {
 		{name: duringDone, up: func() (string, error) { return done.Target, nil }, down: func() error { return nil }},
 		b.under(s, duringNow, func(v *stack.Volume) error { return b.underWay(v) }, func() error { return nil }),
 		b.under(s, duringNever, func(v *stack.Volume) error { return b.stopped(s, v) }, func() error { return unix.Kill(s.PluginPID(), unix.SIGCONT) }),
-	}, workloads())
+	}, []string{seqWrite, randWrite, fsyncWrite})
 	return errors.Join(err, done.Down(b.ctx), done.Delete(b.ctx))
 }
 
