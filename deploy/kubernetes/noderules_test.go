@@ -1,0 +1,88 @@
+package kubernetes_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"reflect"
+	"strings"
+	"testing"
+
+	rbacv1 "k8s.io/api/rbac/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	"sigs.k8s.io/yaml"
+)
+
+// TestNodeRules: a node talks to the API server only with the components that
+// say so, and may then do what package kube says that it needs, and nothing else.
+func TestNodeRules(t *testing.T) {
+	const account = "cryptcsi-node"
+	for dir, want := range map[string]map[string][]rbacv1.PolicyRule{
+		keyed:                    {},
+		"examples/hostpath":      {"cryptcsi-node-events": documentedOf(t, "events.go", "Events")},
+		"examples/startup-taint": {"cryptcsi-node-events": documentedOf(t, "events.go", "Events"), "cryptcsi-node-startup": documentedOf(t, "node.go", "Node")},
+	} {
+		objects := build(t, dir)
+		if got := *daemonSet(t, dir).Spec.Template.Spec.AutomountServiceAccountToken; got != (len(want) > 0) {
+			t.Errorf("%s: the node has a token for the API server: %v", dir, got)
+		}
+		bound := map[string]bool{}
+		for _, b := range of[*rbacv1.ClusterRoleBinding](objects) {
+			if b.Subjects[0].Name == account {
+				bound[b.RoleRef.Name] = len(b.Subjects) == 1
+			}
+		}
+		for _, b := range of[*rbacv1.RoleBinding](objects) {
+			for _, s := range b.Subjects {
+				if s.Name == account {
+					t.Errorf("%s: the node has the Role %s in %s", dir, b.RoleRef.Name, b.Namespace)
+				}
+			}
+		}
+		for name, rules := range want {
+			if !bound[name] {
+				t.Errorf("%s: the node has no %s", dir, name)
+			}
+			delete(bound, name)
+			for _, r := range of[*rbacv1.ClusterRole](objects) {
+				if r.Name == name && !reflect.DeepEqual(r.Rules, rules) {
+					t.Errorf("%s: %s may %+v, package kube says %+v", dir, name, r.Rules, rules)
+				}
+			}
+		}
+		if len(bound) > 0 {
+			t.Errorf("%s: the node also has %v", dir, bound)
+		}
+		for _, d := range of[*storagev1.CSIDriver](objects) {
+			if d.Spec.PodInfoOnMount == nil || !*d.Spec.PodInfoOnMount {
+				t.Errorf("%s: events do not reach pods of %s", dir, d.Name)
+			}
+		}
+	}
+}
+
+// documentedOf are the rules in the comment of a type of package kube.
+func documentedOf(t *testing.T, file, name string) []rbacv1.PolicyRule {
+	t.Helper()
+	parsed, err := parser.ParseFile(token.NewFileSet(), "../../kube/"+file, nil, parser.ParseComments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for _, d := range parsed.Decls {
+		g, ok := d.(*ast.GenDecl)
+		if !ok || g.Tok != token.TYPE || g.Specs[0].(*ast.TypeSpec).Name.Name != name {
+			continue
+		}
+		for line := range strings.Lines(g.Doc.Text()) {
+			if code, ok := strings.CutPrefix(line, "\t"); ok {
+				lines = append(lines, code)
+			}
+		}
+	}
+	var role rbacv1.ClusterRole
+	if err := yaml.UnmarshalStrict([]byte(strings.Join(lines, "")), &role); err != nil || len(role.Rules) == 0 {
+		t.Fatalf("the rules of %s: %v", name, err)
+	}
+	return role.Rules
+}
