@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"regexp"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -82,5 +84,25 @@ func TestNilAndUnknown(t *testing.T) {
 	}
 	if got := status.Code(errgrpc.ToGRPC(io.EOF)); got != codes.Internal {
 		t.Errorf("unclassified error has code %v", got)
+	}
+}
+
+// Every class has a section in the book for operators, under the code's name.
+func TestClassesAreExplained(t *testing.T) {
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("../errdefs.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(regexp.MustCompile(`(?m)^\tErr\w+ += errors.New`).FindAll(source, -1)); n != len(classes)-2 {
+		t.Errorf("errdefs has %d classes, this test knows %d", n, len(classes)-2)
+	}
+	for class, code := range classes {
+		if !regexp.MustCompile(`(?m)^### .*\b` + code.String() + `\b.*\n\n[^#\s].{40}`).Match(text) {
+			t.Errorf("docs/operations.md has no section for %v, %v", code, class)
+		}
 	}
 }

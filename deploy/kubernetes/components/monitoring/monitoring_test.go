@@ -98,8 +98,23 @@ type rules struct {
 	}
 }
 
+// runbook is where alerts send people.
+const runbook = "https://github.com/cryptcsi/cryptcsi/blob/main/docs/operations.md"
+
+// operations are the headings of the third level that say something.
+func operations(t *testing.T) map[string]bool {
+	t.Helper()
+	text, err := os.ReadFile("../../../../docs/operations.md")
+	must(t, "operations.md", err)
+	headings := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^### (.*)\n\n[^#\s].{40}`).FindAllStringSubmatch(string(text), -1) {
+		headings[m[1]] = true
+	}
+	return headings
+}
+
 // TestAlerts: Prometheus takes the file, and each alert says what is wrong and
-// what to do, with labels that it has.
+// what to do, with labels that it has, and has a section of docs/operations.md.
 func TestAlerts(t *testing.T) {
 	uses := promql(t, "", "rules.yaml")
 	checkUses(t, uses)
@@ -107,6 +122,7 @@ func TestAlerts(t *testing.T) {
 	read(t, "rules.yaml", &file)
 	label := regexp.MustCompile(`\$labels\.(\w+)`)
 	names := map[string]bool{}
+	sections := operations(t)
 	for _, g := range file.Groups {
 		for _, r := range g.Rules {
 			if names[r.Alert] {
@@ -116,11 +132,20 @@ func TestAlerts(t *testing.T) {
 			if r.Annotations["summary"] == "" || len(r.Annotations["description"]) < 80 || !slices.Contains([]string{"warning", "critical"}, r.Labels["severity"]) {
 				t.Errorf("%s lacks a summary, a description or a severity", r.Alert)
 			}
+			if want := runbook + "#" + strings.ToLower(r.Alert); r.Annotations["runbook_url"] != want || !sections[r.Alert] {
+				t.Errorf("%s: runbook_url is %q, want %q, and a section there: %v", r.Alert, r.Annotations["runbook_url"], want, sections[r.Alert])
+			}
+			delete(sections, r.Alert)
 			for _, m := range label.FindAllStringSubmatch(r.Annotations["description"], -1) {
 				if !strings.Contains(r.Expr, m[1]) && strings.Contains(r.Expr, " by ") {
 					t.Errorf("%s: its description shows the label %s, which its expression drops", r.Alert, m[1])
 				}
 			}
+		}
+	}
+	for name := range sections {
+		if strings.HasPrefix(name, "Cryptcsi") {
+			t.Errorf("docs/operations.md has a section for %s, which is no alert", name)
 		}
 	}
 	var operators struct {
