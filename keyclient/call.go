@@ -18,6 +18,7 @@ import (
 // The codes that mean something else here than errgrpc says, by gRPC's names.
 const (
 	codeExhausted       = "ResourceExhausted"
+	codeUnavailable     = "Unavailable"
 	codeUnauthenticated = "Unauthenticated"
 	codeUnimplemented   = "Unimplemented"
 	codeCanceled        = "Canceled"
@@ -106,14 +107,25 @@ func (c *Client) classify(ctx context.Context, err error, code string, took time
 		return errdefs.Errorf(errdefs.ErrUnavailable, "it is too busy: %s", said)
 	case codeUnimplemented:
 		return errdefs.Errorf(errdefs.ErrInvalid, "it does not offer that (%s): is it a key service, and of a version as new as ours?", said)
+	case codeUnavailable:
+		return errdefs.Errorf(errdefs.ErrUnavailable, "%s%s", said, unanswered(conn))
 	case codeCanceled, codeDeadline:
 		// The caller still waits: it was our time for one attempt, or the
 		// key service's own, or a server that stops.
 		if ctx.Err() == nil {
-			return errdefs.Errorf(errdefs.ErrUnavailable, "no answer after %v: %s", took.Round(time.Millisecond), said+c.refused(conn))
+			return errdefs.Errorf(errdefs.ErrUnavailable, "no answer after %v: %s", took.Round(time.Millisecond), said+c.refused(conn)+unanswered(conn))
 		}
 	}
 	return errgrpc.FromGRPC(err)
+}
+
+// unanswered says what to look at where nobody answers at the address. A
+// Service of Kubernetes refuses connections while no pod behind it is ready.
+func unanswered(conn *connection) string {
+	if conn.conn.GetState() != connectivity.TransientFailure {
+		return ""
+	}
+	return "; is the key service running, ready and unsealed? One that waits for key-service unseal is not reached through a Service"
 }
 
 // refused says whom the key service may not want to see, where there is no

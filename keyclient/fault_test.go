@@ -159,9 +159,11 @@ func TestCallersDeadlineEndsRetries(t *testing.T) {
 	}
 }
 
+// TestNobodyThere: a Service of which every replica is sealed refuses
+// connections, so the message says what to look at.
 func TestNobodyThere(t *testing.T) {
 	c, s, _ := unixClient(t, keyclient.Config{Timeout: 300 * time.Millisecond, Attempts: 2})
-	mustBe(t, "RewrapDEK", c.RewrapDEK(t.Context(), id), errdefs.ErrUnavailable, s.address(), "no such file")
+	mustBe(t, "RewrapDEK", c.RewrapDEK(t.Context(), id), errdefs.ErrUnavailable, s.address(), "no such file", "ready and unsealed?")
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	mustBe(t, "RewrapDEK with a deadline", c.RewrapDEK(ctx, id), context.DeadlineExceeded, s.address())
@@ -210,6 +212,9 @@ func TestSealedThenUnsealed(t *testing.T) {
 	s.start()
 	_, err := c.CreateDEK(t.Context(), id, spec())
 	mustBe(t, "CreateDEK", err, errdefs.ErrUnavailable, "sealed: an operator has to unseal it")
+	if strings.Contains(err.Error(), "ready and unsealed?") {
+		t.Errorf("the server has said what is wrong: %v", err)
+	}
 	sealed = false
 	d, err := c.CreateDEK(t.Context(), id, spec())
 	must(t, "CreateDEK once it is unsealed", err)
