@@ -474,6 +474,51 @@ func TestBeside(t *testing.T) {
 	}
 }
 
+// TestDropIn: under the vendor's name kubelet finds csi-plugin and nobody else,
+// one controller works, and it and the nodes pass the listed volumes through.
+func TestDropIn(t *testing.T) {
+	for dir, vendor := range map[string]struct{ driver, set, controller, namespace string }{
+		"testdata/drop-in-aws-ebs": {"ebs.csi.aws.com", "ebs-csi-node", "ebs-csi-controller", "kube-system"},
+		"testdata/drop-in-gcp-pd":  {"pd.csi.storage.gke.io", "csi-gce-pd-node", "csi-gce-pd-controller", "gce-pd-csi-driver"},
+	} {
+		t.Run(vendor.driver, func(t *testing.T) {
+			objects := build(t, dir)
+			drivers := of[*storagev1.CSIDriver](objects)
+			if len(drivers) != 1 || drivers[0].Name != vendor.driver {
+				t.Errorf("CSIDriver objects %v, want the vendor's", drivers)
+			}
+			for _, class := range of[*storagev1.StorageClass](objects) {
+				if class.Provisioner != vendor.driver {
+					t.Errorf("class %s is of %s", class.Name, class.Provisioner)
+				}
+			}
+			if d := deployment(t, objects, vendor.controller); *d.Spec.Replicas != 0 {
+				t.Errorf("the vendor's controller works, too: %d replicas", *d.Spec.Replicas)
+			}
+			sets := of[*appsv1.DaemonSet](objects)
+			i := slices.IndexFunc(sets, func(s *appsv1.DaemonSet) bool { return s.Name == vendor.set && s.Namespace == vendor.namespace })
+			if i < 0 || len(sets) != 2 || len(sets[i].Spec.Template.Spec.Containers) != 1 {
+				t.Fatalf("DaemonSets %v: want ours and the vendor's without its registrar", sets)
+			}
+			ours := sets[1-i].Spec.Template.Spec
+			if theirs := volume(sets[i].Spec.Template.Spec, "plugin-dir"); path.Clean(theirs.HostPath.Path) != volume(ours, "wrapped").HostPath.Path {
+				t.Errorf("the vendor's socket is in %s, csi-plugin looks in %s", theirs.HostPath.Path, volume(ours, "wrapped").HostPath.Path)
+			}
+			for _, pod := range []corev1.PodSpec{ours, deployment(t, objects, "cryptcsi-controller").Spec.Template.Spec} {
+				c := container(t, pod, "csi-plugin")
+				names := slices.DeleteFunc(slices.Clone(c.Args), func(a string) bool { return !strings.HasPrefix(a, "--driver-name=") })
+				if len(names) == 0 || names[len(names)-1] != "--driver-name="+vendor.driver {
+					t.Errorf("csi-plugin has %v; the last counts", names)
+				}
+				name, file, _ := strings.Cut(nodePath(t, c, flag(t, c, "plaintext-volumes-file")), ":")
+				if v := volume(pod, name); v.ConfigMap == nil || v.ConfigMap.Name != "cryptcsi-plaintext" || file != "volumes" {
+					t.Errorf("the list of unencrypted volumes is %s in %+v", file, v)
+				}
+			}
+		})
+	}
+}
+
 func deployment(t *testing.T, objects []any, name string) *appsv1.Deployment {
 	t.Helper()
 	all := of[*appsv1.Deployment](objects)

@@ -120,7 +120,8 @@ func TestApply(t *testing.T) {
 	must(t, "default account", err)
 	dirs, err := filepath.Glob("../examples/*")
 	must(t, "examples", err)
-	for _, dir := range append([]string{example, "../overlays/loopdriver-demo"}, dirs...) {
+	dirs = append(dirs, "../overlays/loopdriver-demo", "../testdata/drop-in-aws-ebs", "../testdata/drop-in-gcp-pd")
+	for _, dir := range append([]string{example}, dirs...) {
 		if others := []string{"../examples/cert-manager", "../examples/key-service-monitored"}; slices.Contains(others, dir) {
 			continue // kinds of others, which this API server does not know
 		}
