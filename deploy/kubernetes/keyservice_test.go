@@ -324,11 +324,7 @@ func TestKeyServiceIsReached(t *testing.T) {
 		t.Errorf("it listens on %v and %v, its ports are %v", cfg["listen"], cfg["metrics-address"], ports)
 	}
 
-	policies := of[*networkingv1.NetworkPolicy](objects)
-	if len(policies) != 1 {
-		t.Fatalf("%d NetworkPolicies", len(policies))
-	}
-	selects(t, "NetworkPolicy", &policies[0].Spec.PodSelector, d.Spec.Template.Labels)
+	policy := networkPolicy(t, objects, d.Spec.Template.Labels)
 	component := func(name string) map[string]string {
 		return map[string]string{"app.kubernetes.io/name": "cryptcsi", "app.kubernetes.io/component": name}
 	}
@@ -340,8 +336,42 @@ func TestKeyServiceIsReached(t *testing.T) {
 		{ports["grpc"], node.Labels, true}, {ports["grpc"], component("controller"), true}, {ports["grpc"], component("operator"), true},
 		{ports["grpc"], component("key-service"), false}, {ports["grpc"], map[string]string{"app": "x"}, false}, {ports["metrics"], node.Labels, false},
 	} {
-		if got := admits(t, policies[0], tt.port, tt.from); got != tt.want {
+		if got := admits(t, policy, tt.port, tt.from); got != tt.want {
 			t.Errorf("pods with %v reach port %d: %v, want %v", tt.from, tt.port, got, tt.want)
+		}
+	}
+}
+
+// networkPolicy is the one that selects a pod.
+func networkPolicy(t *testing.T, objects []any, pod map[string]string) *networkingv1.NetworkPolicy {
+	t.Helper()
+	var found []*networkingv1.NetworkPolicy
+	for _, p := range of[*networkingv1.NetworkPolicy](objects) {
+		if s, err := metav1.LabelSelectorAsSelector(&p.Spec.PodSelector); err == nil && s.Matches(labels.Set(pod)) {
+			found = append(found, p)
+		}
+	}
+	if len(found) != 1 {
+		t.Fatalf("%d NetworkPolicies select pods with %v, want 1", len(found), pod)
+	}
+	return found[0]
+}
+
+// TestOthersAreNotReached: every pod has a policy, and nobody in the namespace
+// has business with any but the key service's.
+func TestOthersAreNotReached(t *testing.T) {
+	objects := build(t, "examples/aws-ebs")
+	for _, pod := range pods(objects) {
+		p := networkPolicy(t, objects, pod.Labels)
+		if p.Name == "key-service" {
+			continue
+		}
+		for _, from := range pods(objects) {
+			for _, port := range []int32{9808, 7443} {
+				if admits(t, p, port, from.Labels) {
+					t.Errorf("pods with %v reach port %d of %v", from.Labels, port, pod.Labels)
+				}
+			}
 		}
 	}
 }
