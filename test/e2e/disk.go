@@ -59,11 +59,13 @@ func keptDisk(ctx context.Context, s site, images []image) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(s.bin, "../.cache/e2e")
-	kept := filepath.Join(dir, "disk-"+name)
+	// A short run has fewer than a long one, and keeps its own.
+	kind := fmt.Sprintf("disk-%d-", len(images))
+	kept := filepath.Join(dir, kind+name)
 	if _, err := os.Stat(kept); err == nil {
 		return kept, nil
 	}
-	old, _ := filepath.Glob(filepath.Join(dir, "disk-*"))
+	old, _ := filepath.Glob(filepath.Join(dir, kind+"*"))
 	for _, o := range old {
 		_ = os.Remove(o)
 	}

@@ -38,7 +38,7 @@ func selection() [][]string {
 			`Dynamic PV \(default fs\)\] provisioning should provision storage with pvc data source$`,
 			`Dynamic PV \(default fs\)\] provisioning should provision storage with snapshot data source \[`,
 			`Dynamic PV \(default fs\)\] provisioning should provision correct filesystem size when restoring snapshot to larger size pvc`,
-			`Dynamic PV \(default fs\)\] provisioning should mount multiple PV pointing to the same storage on the same node`,
+			`Dynamic PV \(default fs\)\] subPath should support existing single file`,
 			`Dynamic PV \(default fs\)\] read-write-once-pod should block a second pod from using an in-use ReadWriteOncePod volume`,
 		},
 	}

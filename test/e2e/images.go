@@ -65,6 +65,7 @@ func suiteImages(s site) ([]image, error) {
 	return []image{
 		{name: registry + "agnhost:2.63.0", layers: []layer{tools, agnhost}, entrypoint: []string{"/agnhost"}},
 		{name: registry + "busybox:1.37.0-1", layers: []layer{tools}, entrypoint: []string{"/bin/sh"}},
+		{name: registry + "nginx:1.15-4", layers: []layer{tools}, entrypoint: []string{"/bin/sh"}}, // only its shell is used
 	}, nil
 }
 

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -34,9 +33,14 @@ func (c *controlPlane) installVendor(ctx context.Context) error {
 // source is a folder of this repository.
 func (s site) source(name string) string { return filepath.Join(s.bin, "..", name) }
 
-// install does what docs/install.md says: what is secret by hand, everything
-// else from manifests; those of the previous build, where that is to be upgraded.
-func (c *controlPlane) install(ctx context.Context, previous bool) error {
+// install does what docs/install.md says.
+func (c *controlPlane) install(ctx context.Context) error {
+	return c.apply(ctx, c.site.source("test/e2e/cluster"))
+}
+
+// installPrevious installs the build before this one, for which certificate and
+// master secret are made by hand.
+func (c *controlPlane) installPrevious(ctx context.Context) error {
 	create := metav1.CreateOptions{}
 	if _, err := c.client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, create); err != nil {
 		return err
@@ -67,15 +71,12 @@ func (c *controlPlane) install(ctx context.Context, previous bool) error {
 	if err != nil {
 		return err
 	}
-	if previous {
-		return c.applyTagged(ctx, filepath.Join(c.site.previous(), "test/e2e/cluster"), previousTag)
-	}
-	return c.apply(ctx, c.site.source("test/e2e/cluster"))
+	return c.applyTagged(ctx, filepath.Join(c.site.previous(), "test/e2e/cluster"), previousTag)
 }
 
 // installed waits until all pods of a namespace are ready, at least n of them.
 func (c *controlPlane) installed(ctx context.Context, namespace string, n int) error {
-	return c.await(ctx, 3*time.Minute, "pods of "+namespace, func(ctx context.Context) error {
+	return c.await(ctx, patience, "pods of "+namespace, func(ctx context.Context) error {
 		pods, err := c.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{})
 		if err != nil {
 			return err
@@ -121,7 +122,7 @@ func podReady(p *corev1.Pod) error {
 
 // registered waits until kubelet has a driver.
 func (c *controlPlane) registered(ctx context.Context, driver string) error {
-	return c.await(ctx, time.Minute, "registration with kubelet", func(ctx context.Context) error {
+	return c.await(ctx, patience, "registration with kubelet", func(ctx context.Context) error {
 		n, err := c.client.StorageV1().CSINodes().Get(ctx, nodeName, metav1.GetOptions{})
 		if err != nil {
 			return err

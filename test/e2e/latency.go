@@ -29,8 +29,7 @@ func (t *tester) latency(ctx context.Context) (string, error) {
 	// A pod beside those that are measured costs little, one that ends much.
 	for class := range took {
 		for i := range rounds {
-			name := fmt.Sprintf("latency-%s-%d", class, i)
-			if _, err := t.kubectl(ctx, "delete", "-n", user, "--wait=false", "pod/"+name, "pvc/"+name); err != nil {
+			if err := t.discard(ctx, fmt.Sprintf("latency-%s-%d", class, i)); err != nil {
 				return "", err
 			}
 		}

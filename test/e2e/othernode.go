@@ -63,13 +63,21 @@ func (t *tester) asksAs(ctx context.Context, node string) (dek.DEK, error) {
 	if err := os.WriteFile(file, []byte(token.Status.Token), 0o600); err != nil {
 		return dek.DEK{}, err
 	}
+	authorities, err := t.client.CoreV1().ConfigMaps(namespace).Get(ctx, "key-service-ca", metav1.GetOptions{})
+	if err != nil {
+		return dek.DEK{}, err
+	}
+	ca := t.site.path("key-service-ca.crt")
+	if err := os.WriteFile(ca, []byte(authorities.Data["ca.crt"]), 0o600); err != nil {
+		return dek.DEK{}, err
+	}
 	addresses, _ := endpoints(ctx, t.client, "key-service."+namespace)
 	if len(addresses) == 0 {
 		return dek.DEK{}, errors.New("the key service has no address")
 	}
 	a := addresses[0]
 	k, err := keyclient.New(keyclient.Config{
-		Address: fmt.Sprintf("dns:///%d.%d.%d.%d:7443", a[0], a[1], a[2], a[3]), CAFile: t.ca.file, ServerName: "key-service.cryptcsi.svc", TokenFile: file, Attempts: 1,
+		Address: fmt.Sprintf("dns:///%d.%d.%d.%d:7443", a[0], a[1], a[2], a[3]), CAFile: ca, ServerName: "key-service.cryptcsi.svc", TokenFile: file, Attempts: 1,
 	})
 	if err != nil {
 		return dek.DEK{}, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -55,6 +56,7 @@ func (t *tester) powerCut(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	pods.Items = slices.DeleteFunc(pods.Items, func(p corev1.Pod) bool { return p.DeletionTimestamp != nil })
 	t.node.crash()
 	t.lose()
 	begin := time.Now()
@@ -95,7 +97,9 @@ func (t *tester) readsMany(ctx context.Context) error {
 
 // restarted waits until a pod's container has started since a time.
 func (t *tester) restarted(ctx context.Context, name string, since time.Time) error {
-	return t.await(ctx, patience, "pod "+name, func(ctx context.Context) error {
+	// kubelet asks for a volume again after up to two minutes, more than once
+	// where everything starts at once.
+	return t.await(ctx, 2*patience, "pod "+name, func(ctx context.Context) error {
 		p, err := t.client.CoreV1().Pods(user).Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
 			return err

@@ -196,8 +196,7 @@ func (t *tester) pluginKilled(ctx context.Context) error {
 	if err := errors.Join(t.killPlugin(ctx), t.installed(ctx, namespace, 3), t.running(ctx, w.name)); err != nil {
 		return err
 	}
-	_, err = t.sh(ctx, w.name, "echo '"+marker+"' > /data/file && sync")
-	return err
+	return t.discard(ctx, w.name)
 }
 
 // killPlugin lets the node's plugin end at once; another is started by itself.

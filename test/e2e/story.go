@@ -150,7 +150,11 @@ func tell(ctx context.Context, st *story, s site) error {
 		},
 		func() error {
 			return st.that("a vendor's driver, the snapshot controller and cryptcsi are applied", func() (string, error) {
-				return "", errors.Join(serveDNS(ctx, plane.client), plane.installVendor(ctx), plane.install(ctx, st.o.upgrades()))
+				install := plane.install
+				if st.o.upgrades() {
+					install = plane.installPrevious
+				}
+				return "", errors.Join(serveDNS(ctx, plane.client), plane.installVendor(ctx), install(ctx))
 			})
 		},
 	)

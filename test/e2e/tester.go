@@ -34,6 +34,7 @@ type tester struct {
 type want struct {
 	name, class, size string
 	block             bool
+	busy              bool // the pod writes all the time, until there is a file /data/idle
 	source            *corev1.TypedLocalObjectReference
 }
 
@@ -58,6 +59,9 @@ func (t *tester) claim(ctx context.Context, w want) error {
 func (t *tester) pod(ctx context.Context, w want) error {
 	grace := int64(1)
 	container := corev1.Container{Name: "c", Image: userImage, Command: []string{"sh", "-c", "trap exit TERM; sleep 1000000 & wait"}}
+	if w.busy {
+		container.Command[2] = "trap exit TERM; while [ ! -e /data/idle ]; do dd if=/dev/zero of=/data/busy bs=64k count=16 conv=notrunc,fsync 2> /dev/null; done & wait; sleep 1000000 & wait"
+	}
 	if w.block {
 		container.VolumeDevices = []corev1.VolumeDevice{{Name: "data", DevicePath: "/dev/data"}}
 	} else {
@@ -144,6 +148,17 @@ func (t *tester) down(ctx context.Context, name string) error {
 		}
 		return nil
 	})
+}
+
+// discard deletes pods and their claims, and does not wait for that.
+func (t *tester) discard(ctx context.Context, names ...string) error {
+	for _, name := range names {
+		err := errors.Join(t.client.CoreV1().Pods(user).Delete(ctx, name, metav1.DeleteOptions{}), t.client.CoreV1().PersistentVolumeClaims(user).Delete(ctx, name, metav1.DeleteOptions{}))
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // again deletes a pod and makes it anew.

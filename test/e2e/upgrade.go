@@ -22,7 +22,7 @@ func (t *tester) upgrade(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := errors.Join(t.apply(ctx, t.site.source("test/e2e/cluster")), t.rolledOut(ctx)); err != nil {
+	if err := errors.Join(t.apply(ctx, t.site.source("test/e2e/upgraded")), t.rolledOut(ctx)); err != nil {
 		return "", err
 	}
 	return stop(ctx)
