@@ -59,6 +59,12 @@ type CryptTable struct {
 	Performance []string
 }
 
+// dm-integrity's modes, as its table names them, of those that ours can have.
+const (
+	ModeJournal = "J"
+	ModeDirect  = "D"
+)
+
 // IntegrityTable is a dm-integrity table line and its status.
 type IntegrityTable struct {
 	Info           dm.Info
@@ -66,7 +72,7 @@ type IntegrityTable struct {
 	Device         dm.Number
 	Offset         int64 // sectors
 	TagSize        int
-	Mode           string // J journal, D direct
+	Mode           string // ModeJournal, ModeDirect
 	JournalSectors int64
 	Interleave     int
 	Options        []string // those without a number, sorted
@@ -258,6 +264,7 @@ func (s Stack) Mapping() Mapping {
 	}
 	if s.Integrity != nil {
 		m.Integrity = dek.IntegrityHMAC
+		m.Direct = s.Integrity.Mode == ModeDirect
 		m.Backing = s.Integrity.Device.String()
 		m.Suspended = m.Suspended || s.Integrity.Info.Suspended
 	}

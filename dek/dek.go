@@ -108,7 +108,16 @@ type Spec struct {
 	// owner then sees which are unused. Without integrity only. No disk says
 	// it, so a copy may have it otherwise.
 	Discard bool `json:"discard,omitempty"`
+	// IntegrityMode says how dm-integrity writes: "" with its journal, so that
+	// a sector and its tag are one after a crash, or ModeDirect.
+	IntegrityMode string `json:"integrity_mode,omitempty"`
 }
+
+// ModeDirect is dm-integrity without its journal. What was written and not
+// flushed before a crash may be unreadable after it, until it is written again.
+// Not with LayoutClone: dm-clone's metadata lies within the authenticated device
+// and is written all the time, and one unreadable sector of it is the volume.
+const ModeDirect = "direct"
 
 // LayoutConstellation is a volume that Constellation made, opened as it is: no
 // header of ours, never formatted, never written to but for its data. No record
@@ -137,6 +146,12 @@ func (s Spec) Validate() error {
 		return fmt.Errorf("layout %q is for volumes with integrity", s.Layout)
 	case s.Discard && s.Integrity != IntegrityNone:
 		return fmt.Errorf("discard: a volume with integrity cannot: a discarded sector has no tag and is unreadable")
+	case s.IntegrityMode != "" && s.IntegrityMode != ModeDirect:
+		return fmt.Errorf("integrity mode %q: must be empty or %s", s.IntegrityMode, ModeDirect)
+	case s.IntegrityMode != "" && s.Integrity == IntegrityNone:
+		return fmt.Errorf("integrity mode %q is for volumes with integrity", s.IntegrityMode)
+	case s.IntegrityMode != "" && s.Layout != "":
+		return fmt.Errorf("integrity mode %q cannot be with layout %q: a crash could leave dm-clone's metadata unreadable", s.IntegrityMode, s.Layout)
 	case len(s.Name) > maxID:
 		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxID)
 	}

@@ -74,6 +74,7 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Name: "pvc-1"},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
 		{Cipher: dek.CipherXTS, Discard: true},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
 	} {
 		if err := good.Validate(); err != nil {
 			t.Errorf("%+v: %v", good, err)
@@ -87,6 +88,9 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: "thin"},
 		{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Discard: true},
+		{Cipher: dek.CipherXTS, IntegrityMode: dek.ModeDirect},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: "bitmap"},
+		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect, Layout: dek.LayoutClone},
 		{Cipher: dek.CipherXTS, Name: strings.Repeat("n", 300)},
 	} {
 		if bad.Validate() == nil {

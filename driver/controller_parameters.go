@@ -18,7 +18,11 @@ const (
 	keyCipher  = KeyPrefix + "cipher"
 	keyInit    = KeyPrefix + "integrity-init" // InitClone or InitWipe
 	keyDiscard = KeyPrefix + "discard"
+	keyMode    = KeyPrefix + "integrity-mode" // modeJournal or dek.ModeDirect
 )
+
+// modeJournal is the value that asks for what no mode asks for too.
+const modeJournal = "journal"
 
 // noIntegrity is the value that asks for none.
 const noIntegrity = "none"
@@ -44,6 +48,7 @@ func LayoutOf(init string) (layout string, known bool) {
 // class is what a StorageClass's parameters say.
 type class struct {
 	integrity, init string // "" where they do not say
+	mode            string // likewise
 	discard         bool
 	mkfs            string
 	performance     string
@@ -60,6 +65,10 @@ var ownParameters = map[string]func(c *class, value string) error{
 	keyInit: func(c *class, value string) error {
 		c.init = value
 		return among(value, InitClone, InitWipe)
+	},
+	keyMode: func(c *class, value string) error {
+		c.mode = value
+		return among(value, modeJournal, dek.ModeDirect)
 	},
 	keyCipher: func(_ *class, value string) error { return among(value, dek.CipherXTS) },
 	keyDiscard: func(c *class, value string) error {
@@ -142,13 +151,20 @@ func (c class) spec(byType bool) (dek.Spec, error) {
 	switch {
 	case !integrity && c.init != "":
 		return invalid("%s says how a volume with integrity is initialised, and this one has none: set %s to %q", keyInit, keyIntegrity, dek.IntegrityHMAC)
+	case !integrity && c.mode != "":
+		return invalid("%s says how a volume with integrity is written, and this one has none: set %s to %q", keyMode, keyIntegrity, dek.IntegrityHMAC)
 	case !integrity:
 		return spec, nil
+	case c.mode == dek.ModeDirect && c.init == InitClone:
+		return invalid("%s: %q goes with %s %q only: dm-clone's metadata is written all the time, and a crash could leave it unreadable, and the volume with it", keyMode, c.mode, keyInit, InitWipe)
 	case c.discard:
 		return invalid("%s: a volume with integrity cannot discard: a sector that was discarded has no tag and would be unreadable; set it to \"false\", or %s to %q", keyDiscard, keyIntegrity, noIntegrity)
 	}
 	spec.Integrity = dek.IntegrityHMAC
-	if c.init != InitWipe {
+	switch {
+	case c.mode == dek.ModeDirect:
+		spec.IntegrityMode = dek.ModeDirect
+	case c.init != InitWipe:
 		spec.Layout = dek.LayoutClone
 	}
 	return spec, nil

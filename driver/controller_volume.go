@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 
@@ -108,6 +109,8 @@ func (p *provisioning) checkSource(ctx context.Context) error {
 		return noRecord(p.source, "copied")
 	case d.Spec.Integrity != p.spec.Integrity:
 		return errdefs.Errorf(errdefs.ErrInvalid, "%s has integrity %q, and a copy of its disk cannot have %q: use a StorageClass with the same %s", p.source, d.Spec.Integrity, p.spec.Integrity, keyIntegrity)
+	case d.Spec.IntegrityMode != p.spec.IntegrityMode:
+		return errdefs.Errorf(errdefs.ErrInvalid, "%s has the integrity mode %q, and a copy of its disk cannot have %q: use a StorageClass with the same %s", p.source, cmp.Or(d.Spec.IntegrityMode, modeJournal), cmp.Or(p.spec.IntegrityMode, modeJournal), keyMode)
 	}
 	p.spec.Layout = d.Spec.Layout
 	return settled(p.source, d, "copied")

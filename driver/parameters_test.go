@@ -276,3 +276,35 @@ func TestPerformanceOptions(t *testing.T) {
 	}
 	m.clean()
 }
+
+// A volume without dm-integrity's journal is wiped before its first use, and so
+// is one without a word about either; a copy keeps its source's mode.
+func TestIntegrityMode(t *testing.T) {
+	p := newPlant(t).start()
+	integrity := with("cryptcsi.io/integrity", "hmac-sha256")
+	direct := with("cryptcsi.io/integrity-mode", "direct")
+	p.mustCreate(request("a", integrity, with("cryptcsi.io/integrity-mode", "journal")))
+	p.mustCreate(request("b", integrity, direct))
+	for name, want := range map[string]dek.Spec{
+		"a": {Name: "a", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
+		"b": {Name: "b", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
+	} {
+		if got := p.dek(volumeDEK("vol-" + name)).Spec; got != want {
+			t.Errorf("%s: %+v, want %+v", name, got, want)
+		}
+	}
+	_, err := p.create(request("c", of("", "vol-b"), integrity))
+	p.refused("a copy with a journal", err, codes.InvalidArgument, `"direct"`, `"journal"`, "cryptcsi.io/integrity-mode")
+	p.mustCreate(request("c", of("", "vol-b"), integrity, direct))
+	p.lawful()
+
+	m := newMachine(t)
+	m.createDEK(dek.Spec{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect})
+	m.start()
+	m.ok("stage", m.stage(mountCap("ext4")))
+	if !m.mapping().Direct {
+		t.Error("the mapping has a journal")
+	}
+	m.ok("unstage", m.unstage())
+	m.clean()
+}

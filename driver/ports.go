@@ -73,6 +73,7 @@ type Mapping struct {
 	Cipher    string        // dm-crypt's notation
 	Integrity dek.Integrity // what the layer below authenticates
 	Discard   bool          // discards reach the device, if that takes them
+	Direct    bool          // dm-integrity uses no journal, see dek.ModeDirect
 	// Performance is what Volume's asked for when the mapping was made, sorted.
 	Performance string
 	Suspended   bool

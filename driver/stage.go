@@ -381,6 +381,8 @@ func (s *staging) open(ctx context.Context) error {
 		return errdefs.Errorf(errdefs.ErrState, "mapping %s has read-only %v, wanted %v: unstage the volume first", m.Name, m.ReadOnly, s.want.ReadOnly)
 	case m.Integrity != s.key.Spec.Integrity:
 		return errdefs.Errorf(errdefs.ErrState, "mapping %s has integrity %q, the record of volume %s says %q", m.Name, m.Integrity, s.v.id, s.key.Spec.Integrity)
+	case m.Direct != (s.key.Spec.IntegrityMode == dek.ModeDirect):
+		return errdefs.Errorf(errdefs.ErrState, "mapping %s has its integrity without journal: %v, the record of volume %s says mode %q", m.Name, m.Direct, s.v.id, s.key.Spec.IntegrityMode)
 	case m.Discard != s.key.Spec.Discard:
 		return errdefs.Errorf(errdefs.ErrState, "mapping %s lets discards through: %v, the record of volume %s says %v", m.Name, m.Discard, s.v.id, s.key.Spec.Discard)
 	case !m.Made && s.want.ReadOnly:

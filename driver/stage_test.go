@@ -639,6 +639,7 @@ func TestAMappingThatIsNotWhatItMustBe(t *testing.T) {
 		"is on device":            func(m *driver.Mapping) { m.Backing = "8:0" },
 		"has read-only":           func(m *driver.Mapping) { m.ReadOnly = !m.ReadOnly },
 		"has integrity":           func(m *driver.Mapping) { m.Integrity = dek.IntegrityHMAC },
+		"without journal":         func(m *driver.Mapping) { m.Direct = true },
 		"lets discards through":   func(m *driver.Mapping) { m.Discard = true },
 		"was never formatted and": func(m *driver.Mapping) { m.Made = false },
 	} {

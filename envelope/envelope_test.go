@@ -145,6 +145,13 @@ func TestVectors(t *testing.T) {
 			ID: "ebs.csi.aws.com/vol-8", State: dek.Prepared, Spec: dek.Spec{Cipher: dek.CipherXTS},
 			Claim: dek.Claim{UUID: uuid},
 		}},
+		{"prepared-discard", 12, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-12", State: dek.Prepared, Spec: dek.Spec{Name: "pvc-12", Cipher: dek.CipherXTS, Discard: true},
+		}},
+		{"prepared-direct", 13, dek.DEK{
+			ID: "ebs.csi.aws.com/vol-13", State: dek.Prepared,
+			Spec: dek.Spec{Name: "pvc-13", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
+		}},
 		{"deleted-with-grace", 9, dek.DEK{
 			ID: "ebs.csi.aws.com/vol-9", State: dek.Rotating, Source: "ebs.csi.aws.com/vol-1",
 			Spec:  dek.Spec{Name: "pvc-9", Cipher: dek.CipherXTS},

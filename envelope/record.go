@@ -85,6 +85,8 @@ type (
 		Integrity dek.Integrity `json:"integrity,omitempty"`
 		Layout    string        `json:"layout,omitempty"`
 		Discard   bool          `json:"discard,omitempty"`
+
+		IntegrityMode string `json:"integrity_mode,omitempty"`
 	}
 	wrappedV1 struct {
 		Scheme     string `json:"scheme"`
@@ -287,6 +289,7 @@ func (r *record) fields() []byte {
 		in.field("spec/discard", 'b', "true")
 	}
 	in.optional("spec/integrity", string(r.Spec.Integrity))
+	in.optional("spec/integrity_mode", r.Spec.IntegrityMode)
 	in.optional("spec/layout", r.Spec.Layout)
 	in.optional("spec/name", r.Spec.Name)
 	in.text("state", string(r.State))

@@ -148,9 +148,9 @@ func validSpec(s dek.Spec) error {
 }
 
 func specToWire(s dek.Spec) *keyservicev1.Spec {
-	return &keyservicev1.Spec{Name: s.Name, Cipher: s.Cipher, Integrity: string(s.Integrity), Layout: s.Layout, Discard: s.Discard}
+	return &keyservicev1.Spec{Name: s.Name, Cipher: s.Cipher, Integrity: string(s.Integrity), Layout: s.Layout, Discard: s.Discard, IntegrityMode: s.IntegrityMode}
 }
 
 func specFromWire(s *keyservicev1.Spec) dek.Spec {
-	return dek.Spec{Name: s.GetName(), Cipher: s.GetCipher(), Integrity: dek.Integrity(s.GetIntegrity()), Layout: s.GetLayout(), Discard: s.GetDiscard()}
+	return dek.Spec{Name: s.GetName(), Cipher: s.GetCipher(), Integrity: dek.Integrity(s.GetIntegrity()), Layout: s.GetLayout(), Discard: s.GetDiscard(), IntegrityMode: s.GetIntegrityMode()}
 }

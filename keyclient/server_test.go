@@ -78,7 +78,7 @@ func (s *service) GetDEK(ctx context.Context, r *keyservicev1.GetDEKRequest) (*k
 }
 
 func (s *service) CreateDEK(ctx context.Context, r *keyservicev1.CreateDEKRequest) (*keyservicev1.DEK, error) {
-	spec := dek.Spec{Name: r.Spec.Name, Cipher: r.Spec.Cipher, Integrity: dek.Integrity(r.Spec.Integrity), Layout: r.Spec.Layout, Discard: r.Spec.Discard}
+	spec := dek.Spec{Name: r.Spec.Name, Cipher: r.Spec.Cipher, Integrity: dek.Integrity(r.Spec.Integrity), Layout: r.Spec.Layout, Discard: r.Spec.Discard, IntegrityMode: r.Spec.IntegrityMode}
 	if r.Source != "" {
 		return answer(r.Recipient)(s.ring.CloneDEK(ctx, dek.ID(r.Id), spec, dek.ID(r.Source)))
 	}
@@ -115,7 +115,7 @@ func answer(recipient []byte) func(dek.DEK, error) (*keyservicev1.DEK, error) {
 		defer d.Wipe()
 		a := &keyservicev1.DEK{
 			Id: string(d.ID), State: string(d.State), Source: string(d.Source),
-			Spec: &keyservicev1.Spec{Name: d.Spec.Name, Cipher: d.Spec.Cipher, Integrity: string(d.Spec.Integrity), Layout: d.Spec.Layout, Discard: d.Spec.Discard},
+			Spec: &keyservicev1.Spec{Name: d.Spec.Name, Cipher: d.Spec.Cipher, Integrity: string(d.Spec.Integrity), Layout: d.Spec.Layout, Discard: d.Spec.Discard, IntegrityMode: d.Spec.IntegrityMode},
 		}
 		if d.Claim != (dek.Claim{}) {
 			a.Claim = &keyservicev1.Claim{Node: d.Claim.Node, Uuid: d.Claim.UUID}

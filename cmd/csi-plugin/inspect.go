@@ -59,6 +59,9 @@ func inspect(ctx context.Context, args []string, stdout, stderr io.Writer) error
 // options are what a mapping has beyond what all have.
 func options(m driver.Mapping) string {
 	var words []string
+	if m.Direct {
+		words = append(words, "direct")
+	}
 	if m.Discard {
 		words = append(words, "discard")
 	}

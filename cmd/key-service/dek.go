@@ -93,13 +93,14 @@ func dekList(ctx context.Context, c *command) error {
 func dekCreate(ctx context.Context, c *command) error {
 	name := c.String("name", "", "the name that the volume was asked for by (CreateVolume's); empty for a static one")
 	integrity := c.String("integrity", "", "authenticated sectors: hmac-sha256, or empty for none")
+	mode := c.String("integrity-mode", "", "with integrity: direct, or empty for its journal (docs/storageclass.md)")
 	discard := c.Bool("discard", false, "let the volume's users discard blocks; the host then sees which are unused")
 	k, done, err := c.keyring(ctx, 1, 1)
 	if err != nil {
 		return err
 	}
 	defer done()
-	spec := dek.Spec{Name: *name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(*integrity), Discard: *discard}
+	spec := dek.Spec{Name: *name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(*integrity), Discard: *discard, IntegrityMode: *mode}
 	d, err := k.CreateDEK(ctx, dek.ID(c.Arg(0)), spec)
 	if err != nil {
 		return err

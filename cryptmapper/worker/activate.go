@@ -38,6 +38,9 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	if o.Spec.Discard {
 		flags |= flagDiscard
 	}
+	if o.direct() {
+		flags |= flagNoJournal
+	}
 	for i, option := range cryptmapper.PerformanceOptions() {
 		if slices.Contains(o.performance(), option) {
 			flags |= performanceFlags()[i]
@@ -60,6 +63,9 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	}
 	return nil
 }
+
+// direct tells whether dm-integrity is to work without its journal.
+func (o *operation) direct() bool { return o.Spec.IntegrityMode == dek.ModeDirect }
 
 // performance is what the volume asks for, sorted.
 func (o *operation) performance() []string {

@@ -61,8 +61,9 @@ func (o *operation) bring(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 		}
 	}
 	// A try that was cut short may have left a mapping on the way to what it
-	// must be, for example one without a journal.
-	if up && !h.Token.Made && o.verify(dev, h) != nil {
+	// must be, for example one without a journal; where that is what it must be,
+	// one through which the volume was being wiped.
+	if up && !h.Token.Made && (o.verify(dev, h) != nil || !o.cloned() && !o.initialised(h)) {
 		if err := o.remove(o.Volume.Name); err != nil {
 			return nil, err
 		}
@@ -281,7 +282,11 @@ func (o *operation) verify(dev *device, h *luks2.Header) error {
 		keySize = 96
 		differ("integrity device", s.Integrity.Device, dev.number)
 		differ("integrity offset", s.Integrity.Offset, int64(luks2.DataOffset/512))
-		differ("integrity mode", s.Integrity.Mode, "J")
+		mode := cryptmapper.ModeJournal
+		if o.direct() {
+			mode = cryptmapper.ModeDirect
+		}
+		differ("integrity mode", s.Integrity.Mode, mode)
 		if o.constellation() {
 			differ("integrity geometry possible", possible(s.Integrity, dev.size), true)
 		} else if got := geometry(s.Integrity); t.Growing == nil || got != grown(t) {

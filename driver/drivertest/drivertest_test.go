@@ -23,6 +23,7 @@ func TestMapper(t *testing.T) {
 			{Cipher: dek.CipherXTS},
 			{Cipher: dek.CipherXTS, Discard: true},
 			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
+			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
 			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
 		},
 		NewDevice: func(_ *testing.T, size int64) string { return k.AddDisk(size) },

@@ -215,7 +215,7 @@ func (k *Kernel) activate(v driver.Volume, d *disk, h header, spec dek.Spec) (*t
 	k.count++
 	t := &table{disk: d, offset: dataOffset, Mapping: driver.Mapping{
 		Name: v.Name, Path: "/dev/mapper/" + v.Name, Number: fmt.Sprintf("254:%d", k.count), Backing: d.number,
-		Size: h.Size, ReadOnly: v.ReadOnly, Cipher: h.Spec.Cipher, Integrity: h.Spec.Integrity, Discard: spec.Discard, Performance: v.Performance,
+		Size: h.Size, ReadOnly: v.ReadOnly, Cipher: h.Spec.Cipher, Integrity: h.Spec.Integrity, Discard: spec.Discard, Direct: h.Spec.IntegrityMode == dek.ModeDirect, Performance: v.Performance,
 	}}
 	if h.Hydrates {
 		t.Regions, t.Hydrated = uint64(h.Size/regionSize), d.hydrated

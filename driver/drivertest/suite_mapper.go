@@ -86,6 +86,9 @@ func RunMapper(t *testing.T, h MapperHarness) {
 		if spec.Discard {
 			name += ", discard"
 		}
+		if spec.IntegrityMode != "" {
+			name += ", " + spec.IntegrityMode
+		}
 		if spec.Layout != "" {
 			name += ", layout " + spec.Layout
 		}
@@ -343,7 +346,7 @@ func testOtherSpec(m *mapperTest) {
 	case m.key.Spec.Layout != "":
 		key.Spec.Layout = ""
 	case m.key.Spec.Integrity != dek.IntegrityNone:
-		key.Spec.Integrity = dek.IntegrityNone
+		key.Spec.Integrity, key.Spec.IntegrityMode = dek.IntegrityNone, ""
 	default:
 		key.Spec.Integrity, key.Spec.Discard = dek.IntegrityHMAC, false
 	}
