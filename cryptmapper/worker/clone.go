@@ -235,7 +235,7 @@ func cloneTarget(name string, length int64, region int) (dm.Target, error) {
 		devices = append(devices, info.Number.String())
 	}
 	params := fmt.Sprintf("%s %d 2 no_hydration no_discard_passdown 4 hydration_threshold %d hydration_batch_size %d",
-		strings.Join(devices, " "), region/512, hydrationLimit/region, hydrationBatch/region)
+		strings.Join(devices, " "), region/512, max(1, hydrationLimit/region), max(1, hydrationBatch/region))
 	return dm.Target{Length: uint64(length / 512), Type: "clone", Params: params}, nil
 }
 
