@@ -17,22 +17,20 @@ import (
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
-// TestKernelPlaintextVolumes: csi-plugin comes between a driver and its pods.
-// Volumes that are listed go on as they were, also those that are in use at that
-// moment; one that is not listed is refused, and so is one in the list that
-// begins with a LUKS header; new ones are encrypted.
-func TestKernelPlaintextVolumes(t *testing.T) {
+// dropIn is a driver that csi-plugin comes in front of.
+type dropIn struct {
+	*stack.Stack
+	t *testing.T
+}
+
+// startDropIn starts both, with kubelet and the sidecars talking to the driver itself.
+func startDropIn(t *testing.T) dropIn {
 	bin, err := filepath.Abs("../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, "bin", err)
 	kernel.Need(t, "root", "dm-crypt", "keyring", "loop", "ext4", "exec:mkfs.ext4", "exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "loopdriver"))
 	kernel.NoLeaks(t)
-	ctx := t.Context()
-	s, err := stack.Start(ctx, stack.Config{Dir: t.TempDir(), Bin: bin, Controller: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, Controller: true})
+	must(t, "Start", err)
 	t.Cleanup(func() {
 		if err := s.Stop(); err != nil {
 			t.Error(err)
@@ -41,45 +39,52 @@ func TestKernelPlaintextVolumes(t *testing.T) {
 			t.Log(s.Logs())
 		}
 	})
-
-	// Before: kubelet and the sidecars talk to the driver itself.
 	conn, err := grpc.NewClient("unix://"+s.Path("wrapped.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithAuthority("localhost"))
 	must(t, "dial", err)
-	defer conn.Close()
+	t.Cleanup(func() { _ = conn.Close() })
 	s.Controller, s.Node = csi.NewControllerClient(conn), csi.NewNodeClient(conn)
-	provision := func(name string, c *csi.VolumeCapability) copies {
-		return copies{t, s, &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: 32 << 20}, VolumeCapabilities: []*csi.VolumeCapability{c}}}
+	return dropIn{s, t}
+}
+
+// pods are users of a volume, which is made.
+func (d dropIn) pods(name string, c *csi.VolumeCapability) (copies, *stack.Volume) {
+	p := copies{d.t, d.Stack, &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: 32 << 20}, VolumeCapabilities: []*csi.VolumeCapability{c}}}
+	return p, p.provision(p.request)
+}
+
+// comes lets csi-plugin take the driver's place, with a list of those volumes.
+func (d dropIn) comes(listed ...*stack.Volume) {
+	d.t.Helper()
+	must(d.t, "StopPlugin", d.StopPlugin(syscall.SIGTERM))
+	list := "# old volumes\n"
+	for _, v := range listed {
+		list += string(v.DEK()) + "\n"
 	}
-	mounted, block := provision("mounted", stack.MountCapability("ext4")), provision("block", stack.BlockCapability())
-	old := []*stack.Volume{mounted.provision(mounted.request), block.provision(block.request)}
+	must(d.t, "the list", os.WriteFile(d.Path("list"), []byte(list), 0o600))
+	d.SetPluginArgs("--plaintext-volumes=pass-through", "--plaintext-volumes-file="+d.Path("list"))
+	must(d.t, "StartPlugin", d.StartPlugin(d.t.Context()))
+}
+
+// TestKernelPlaintextVolumes: csi-plugin comes between a driver and its pods.
+// Volumes that are listed go on as they were, also those that are in use at that
+// moment; one that is not listed is refused, and so is one in the list that
+// begins with a LUKS header; new ones are encrypted.
+func TestKernelPlaintextVolumes(t *testing.T) {
+	d, ctx := startDropIn(t), t.Context()
+	mounted, v1 := d.pods("mounted", stack.MountCapability("ext4"))
+	_, v2 := d.pods("block", stack.BlockCapability())
+	old := []*stack.Volume{v1, v2}
 	for _, v := range old {
 		must(t, "Up", v.Up(ctx))
 		mounted.write(v)
 	}
-	luks, unlisted := provision("luks", stack.BlockCapability()), provision("unlisted", stack.BlockCapability())
-	locked, forgotten := luks.provision(luks.request), unlisted.provision(unlisted.request)
+	_, locked := d.pods("luks", stack.BlockCapability())
+	_, forgotten := d.pods("unlisted", stack.BlockCapability())
 	must(t, "a LUKS header", os.WriteFile(locked.Device(), []byte("LUKS\xba\xbe\x00\x02"), 0))
 
-	// After.
-	must(t, "StopPlugin", s.StopPlugin(syscall.SIGTERM))
-	list := "# old volumes\n"
-	for _, v := range append(old, locked) {
-		list += string(v.DEK()) + "\n"
-	}
-	must(t, "the list", os.WriteFile(s.Path("list"), []byte(list), 0o600))
-	s.SetPluginArgs("--plaintext-volumes=pass-through", "--plaintext-volumes-file="+s.Path("list"))
-	must(t, "StartPlugin", s.StartPlugin(ctx))
+	d.comes(v1, v2, locked)
 	for _, v := range old {
-		must(t, "Up again, of a pod that runs", v.Up(ctx))
-		mounted.has(v)
-		must(t, "Expand", v.Expand(ctx, 64<<20))
-		must(t, "Down", v.Down(ctx))
-		must(t, "Up", v.Up(ctx))
-		mounted.has(v)
-		must(t, "Down", v.Down(ctx))
-		if !contains(t, v.Device()) {
-			t.Errorf("%s is not as it was", v.ID)
-		}
+		d.goesOn(mounted, v)
 	}
 	must(t, "Stage", locked.Stage(ctx))
 	if err := locked.Publish(ctx); err == nil || !strings.Contains(err.Error(), "LUKS header") {
@@ -89,9 +94,7 @@ func TestKernelPlaintextVolumes(t *testing.T) {
 	if err := forgotten.Stage(ctx); err == nil || !strings.Contains(err.Error(), "no record") {
 		t.Errorf("a volume that is not listed: %v", err)
 	}
-
-	young := provision("young", stack.BlockCapability())
-	v := young.provision(young.request)
+	young, v := d.pods("young", stack.BlockCapability())
 	must(t, "Up", v.Up(ctx))
 	young.write(v)
 	must(t, "Down", v.Down(ctx))
@@ -100,6 +103,21 @@ func TestKernelPlaintextVolumes(t *testing.T) {
 	}
 	for _, v := range append(old, locked, forgotten, v) {
 		must(t, "Delete", v.Delete(ctx))
+	}
+}
+
+// goesOn uses a listed volume as its pods do.
+func (d dropIn) goesOn(p copies, v *stack.Volume) {
+	ctx := d.t.Context()
+	must(d.t, "Up again, of a pod that runs", v.Up(ctx))
+	p.has(v)
+	must(d.t, "Expand", v.Expand(ctx, 64<<20))
+	must(d.t, "Down", v.Down(ctx))
+	must(d.t, "Up", v.Up(ctx))
+	p.has(v)
+	must(d.t, "Down", v.Down(ctx))
+	if !contains(d.t, v.Device()) {
+		d.t.Errorf("%s is not as it was", v.ID)
 	}
 }
 
