@@ -101,6 +101,9 @@ func cryptsetup(key []byte, args ...string) error {
 	return nil
 }
 
+// takenSize is that of the volumes: enough for an ext4.
+const takenSize = 24 << 20
+
 // make makes a volume as Constellation does, without cryptcsi: the device, an
 // ext4 and a file in it. It returns the LUKS UUID.
 func (k *takeover) make(v *stack.Volume, integrity bool) string {
@@ -200,7 +203,7 @@ func (k *takeover) tell(name string, integrity bool) {
 		fstype, entries["cryptcsi.io/integrity"] = "ext4-integrity", "hmac-sha256"
 		rekey = append(k.service("from-"), "--kms-uri="+k.KEK(), "--storage-uri="+k.Store(), "--integrity=hmac-sha256")
 	}
-	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability("ext4"), entries)
+	v, err := k.Create(ctx, name, takenSize, stack.MountCapability("ext4"), entries)
 	k.must("Create", err)
 	k.Cleanup(func() { _ = errors.Join(v.Down(ctx), v.Delete(ctx)) })
 	delete(v.Context, "cryptcsi.io/integrity") // the filesystem's name says it
@@ -250,7 +253,7 @@ func (k *takeover) tell(name string, integrity bool) {
 	k.must("down", v.Down(ctx))
 
 	// The host swaps: this disk in the place of another volume's.
-	other, err := k.Create(ctx, name+"-other", 64<<20, v.Capability, entries)
+	other, err := k.Create(ctx, name+"-other", takenSize, v.Capability, entries)
 	k.must("Create", err)
 	k.Cleanup(func() { _ = other.Delete(ctx) })
 	otherUUID := k.make(other, integrity)

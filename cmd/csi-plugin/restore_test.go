@@ -29,7 +29,7 @@ func TestKernelRestoreHeader(t *testing.T) {
 
 func (k *takeover) restoreOne(name string, entries map[string]string) {
 	ctx := context.WithoutCancel(k.Context())
-	v, err := k.Create(ctx, name, 64<<20, stack.MountCapability("ext4"), entries)
+	v, err := k.Create(ctx, name, takenSize, stack.MountCapability("ext4"), entries)
 	k.must("Create", err)
 	k.Cleanup(func() { _ = errors.Join(v.Down(ctx), v.Delete(ctx)) })
 	k.must("up", v.Up(ctx))
