@@ -29,8 +29,8 @@ import (
 // TestKernelSanity runs every shape in one suite, because ginkgo runs one per
 // process; -ginkgo.focus chooses among them. Specs that do not apply are
 // skipped with a reason that is known here; any other skip fails. The list is
-// printed. Over the drivers that loopdriver plays only the specs in brief run,
-// or with SANITY_ALL=1 the whole suite.
+// printed. Over the drivers that loopdriver plays, and where there is no controller
+// of ours, only the specs in brief run, or with SANITY_ALL=1 the whole suite.
 func TestKernelSanity(t *testing.T) {
 	kernel.Need(t, "root", "loop", "dm-crypt", "keyring", "ext4", "exec:mkfs.ext4", "exec:losetup", "exec:../../bin/csi-plugin",
 		"exec:../../bin/loopdriver", "exec:../../bin/gcepd", "exec:../../bin/crypt-worker", "exec:../../bin/key-service")
@@ -88,20 +88,21 @@ func shapes() []shape {
 		"ControllerPublishVolume.readonly field not supported"}
 	gce := []string{"GroupControllerService not supported", "GetSnapshot not supported", "GetCapacity not supported",
 		"does not have single node multi writer capability", "testnodevolumeattachlimit not enabled"}
+	brief, briefly := os.Getenv("SANITY_ALL") == "", append(slices.Clone(loop), "only with SANITY_ALL")
 	all := []shape{
 		{name: "loopdriver, by a key service", access: both, keyService: true, lacks: loop},
-		{name: "loopdriver, without controller", access: []string{"mount"}, nodeAlone: true, lacks: loop},
+		{name: "loopdriver, without controller", access: []string{"mount"}, nodeAlone: true, brief: brief, lacks: briefly},
 		{name: "GCE PD itself", access: both, program: "gcepd", lacks: gce},
 	}
 	for _, name := range loopdriver.Others() {
-		lacks := append(slices.Clone(loop), "only with SANITY_ALL")
+		lacks := slices.Clone(briefly)
 		switch name {
 		case "topolvm.io":
 			lacks = append(lacks, "does not have single node multi writer capability")
 		case "rbd.csi.ceph.com":
 			lacks = append(lacks, "ControllerPublishVolume not supported", "ControllerUnpublishVolume not supported", "Controller Publish, UnpublishVolume not supported")
 		}
-		run := shape{name: "like " + name, access: both, driver: []string{"--like=" + name}, brief: os.Getenv("SANITY_ALL") == "", lacks: lacks}
+		run := shape{name: "like " + name, access: both, driver: []string{"--like=" + name}, brief: brief, lacks: lacks}
 		all = append(all, run)
 		if p, _ := driver.ProfileOf(name); p.HandOver {
 			run.name, run.access, run.plugin = run.name+", handed over", []string{"mount"}, []string{"--stage-with=wrapped"}
