@@ -66,6 +66,7 @@ test: unit test-keys kernel ## all tests; sanity is one of the kernel's
 
 .PHONY: unit
 unit: build ## tests that need neither a kernel nor a server of their own, with the race detector
+	@test/install.sh images
 	go test -race -skip '^TestKernel' $$($(call packages,grep -v))
 
 .PHONY: peers
@@ -192,6 +193,15 @@ generate: install ## write generated code anew
 manifests: install ## check deploy/ against the API's types, a real API server and our programs
 	@test/install.sh peers=kube && test/install.sh peers=promql
 	go test -count=1 ./deploy/...
+
+# skopeo pushes, and knows how to log in (skopeo login, or docker's own file).
+.PHONY: images
+images: install ## images of csi-plugin and key-service for amd64 and arm64 in bin/images, pushed where REGISTRY= says
+	@test/install.sh images
+	for arch in amd64 arm64; do test/images/build.sh $$arch '-s -w $(LDFLAGS)'; done
+	go run ./test/images -registry='$(REGISTRY)' -version='$(VERSION)' -commit='$(COMMIT)' -time="$$(git log -1 --format=%ct)"
+	@for i in $(if $(REGISTRY),csi-plugin key-service); do \
+		skopeo copy --all --insecure-policy $(SKOPEO) oci:bin/images/$$i 'docker://$(REGISTRY)'/$$i:'$(VERSION)'; done
 
 .PHONY: image
 image: ## container image IMAGE of csi-plugin, or of IMAGE_TARGET (buildah or docker)

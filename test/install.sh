@@ -19,8 +19,14 @@
 #             installed on the machine, nor are their suites added to its apt)
 #   e2e       Kubernetes (without its own images) and the sidecars of CSI, built
 #             from test/e2e/*/ into .tools/bin, and what a node needs besides
+<<<<<<< HEAD
 #   e2e-storage  the storage tests of Kubernetes, built from test/e2e/storage
 #   e2e-previous  the build from which tests upgrade, under .tools/previous
+=======
+#   images    what container images are assembled from: Debian's packages for amd64
+#             and arm64 unpacked under .cache/images, a cross compiler, and skopeo
+#             with a registry to push to in a test
+>>>>>>> 019b310 (test/images: assemble the container images for amd64 and arm64 from programs and Debian's packages, reproducibly, with SBOM; make images pushes them)
 #   tools     linters, built from the versions pinned in test/tools/go.mod
 #             into .tools/bin
 #
@@ -51,10 +57,16 @@ peer_packages=(
 	softhsm2 opensc # a PKCS#11 module, and a tool to ask it
 )
 
+<<<<<<< HEAD
 e2e_packages=(containerd crun containernetworking-plugins iproute2)
 
 # What tests upgrade from: the newest release; until there is one, this commit.
 previous=84298883a730b7f95331d8f6a04ecfb36e350492
+=======
+image_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross skopeo docker-registry)
+
+e2e_packages=(containerd runc containernetworking-plugins iproute2)
+>>>>>>> 019b310 (test/images: assemble the container images for amd64 and arm64 from programs and Debian's packages, reproducibly, with SBOM; make images pushes them)
 
 # Whose cryptsetup the tests use besides the machine's own: 2.3 and 2.8.
 cryptsetup_suites=(bullseye forky)
@@ -270,6 +282,45 @@ install_cryptsetup_next() {
 	done
 }
 
+# fetch_image_packages unpacks the packages that a node's image has, by the
+# Dockerfile, and those that crypt-worker is built with, and lists whose each file
+# is. A shell is what every Debian has.
+fetch_image_packages() { # ARCHITECTURE DIRECTORY to work in
+	apt_of bookworm "$2/apt"
+	sed 's/ bookworm main/ bookworm-updates main/; p; s,/debian bookworm-updates,/debian-security bookworm-security,' "$2/apt/sources.list" >"$2/apt/more"
+	cat "$2/apt/more" >>"$2/apt/sources.list"
+	echo "APT::Architecture \"$1\"; APT::Architectures { \"$1\"; };" >>"$2/apt/apt.conf"
+	export APT_CONFIG=$2/apt/apt.conf
+	apt-get -q update
+	local deb name
+	# shellcheck disable=SC2046 # words
+	apt-get -qy --no-install-recommends --download-only install dash libcryptsetup-dev libdevmapper-dev \
+		$(sed -n '/ AS node$/,/rm -rf/s/^ \{6\}\([a-z0-9.-]*\) .*/\1/p' "$root/Dockerfile")
+	mkdir -p "$2/out/root" "$2/out/control"
+	for deb in "$2"/apt/archives/*.deb; do
+		name=$(dpkg-deb -f "$deb" Package)
+		dpkg-deb -x "$deb" "$2/out/root"
+		dpkg-deb -f "$deb" >"$2/out/control/$name"
+		sha256sum "$deb" | sed 's/ .*//; s/^/X-SHA256: /' >>"$2/out/control/$name"
+		dpkg-deb --fsys-tarfile "$deb" | tar -t | sed "s,^\.,$name\t,"
+	done >"$2/out/files"
+	mkdir -p "$cache/images"
+	mv "$2/out" "$cache/images/$1"
+}
+
+install_images() {
+	debian "${image_packages[@]}"
+	local arch
+	for arch in amd64 arm64; do
+		[ -d "$cache/images/$arch" ] && continue
+		mkdir -p "$cache"
+		work=$(mktemp -d "$cache/images-$arch.XXXXXX")
+		trap 'rm -rf "$work"' EXIT
+		quietly "Debian's packages for $arch in .cache/images" fetch_image_packages "$arch" "$work"
+		rm -rf "$work"
+	done
+}
+
 install_tools() {
 	debian shellcheck
 	install_go
@@ -401,9 +452,15 @@ for group; do
 	peers=*) install_peers "${group#peers=}" ;;
 	cryptsetup-next) install_cryptsetup_next ;;
 	e2e) install_e2e ;;
+<<<<<<< HEAD
 	e2e-storage) install_storage ;;
 	e2e-previous) install_previous ;;
 	tools) install_tools ;;
 	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e e2e-storage e2e-previous tools" ;;
+=======
+	images) install_images ;;
+	tools) install_tools ;;
+	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e images tools" ;;
+>>>>>>> 019b310 (test/images: assemble the container images for amd64 and arm64 from programs and Debian's packages, reproducibly, with SBOM; make images pushes them)
 	esac
 done
