@@ -144,7 +144,7 @@ func (f *fixture) crashed(t *testing.T) *fixture {
 	b := make([]byte, mib)
 	for off := int64(0); off < info.Size(); off += mib {
 		n, err := from.ReadAt(b, off)
-		if err == nil || err == io.EOF {
+		if err == nil || errors.Is(err, io.EOF) {
 			if err = nil; !bytes.Equal(b[:n], make([]byte, n)) { // the rest is zeros
 				_, err = to.WriteAt(b[:n], off)
 			}
