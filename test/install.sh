@@ -19,14 +19,11 @@
 #             installed on the machine, nor are their suites added to its apt)
 #   e2e       Kubernetes (without its own images) and the sidecars of CSI, built
 #             from test/e2e/*/ into .tools/bin, and what a node needs besides
-<<<<<<< HEAD
 #   e2e-storage  the storage tests of Kubernetes, built from test/e2e/storage
 #   e2e-previous  the build from which tests upgrade, under .tools/previous
-=======
 #   images    what container images are assembled from: Debian's packages for amd64
 #             and arm64 unpacked under .cache/images, a cross compiler, and skopeo
 #             with a registry to push to in a test
->>>>>>> 019b310 (test/images: assemble the container images for amd64 and arm64 from programs and Debian's packages, reproducibly, with SBOM; make images pushes them)
 #   tools     linters, built from the versions pinned in test/tools/go.mod
 #             into .tools/bin
 #
@@ -57,16 +54,12 @@ peer_packages=(
 	softhsm2 opensc # a PKCS#11 module, and a tool to ask it
 )
 
-<<<<<<< HEAD
 e2e_packages=(containerd crun containernetworking-plugins iproute2)
 
 # What tests upgrade from: the newest release; until there is one, this commit.
 previous=84298883a730b7f95331d8f6a04ecfb36e350492
-=======
-image_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross skopeo docker-registry)
 
-e2e_packages=(containerd runc containernetworking-plugins iproute2)
->>>>>>> 019b310 (test/images: assemble the container images for amd64 and arm64 from programs and Debian's packages, reproducibly, with SBOM; make images pushes them)
+image_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross skopeo docker-registry)
 
 # Whose cryptsetup the tests use besides the machine's own: 2.3 and 2.8.
 cryptsetup_suites=(bullseye forky)
@@ -452,15 +445,10 @@ for group; do
 	peers=*) install_peers "${group#peers=}" ;;
 	cryptsetup-next) install_cryptsetup_next ;;
 	e2e) install_e2e ;;
-<<<<<<< HEAD
 	e2e-storage) install_storage ;;
 	e2e-previous) install_previous ;;
-	tools) install_tools ;;
-	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e e2e-storage e2e-previous tools" ;;
-=======
 	images) install_images ;;
 	tools) install_tools ;;
-	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e images tools" ;;
->>>>>>> 019b310 (test/images: assemble the container images for amd64 and arm64 from programs and Debian's packages, reproducibly, with SBOM; make images pushes them)
+	*) fail "no group $group; there are: packages go qemu peers cryptsetup-next e2e e2e-storage e2e-previous images tools" ;;
 	esac
 done
