@@ -9,6 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -88,7 +89,8 @@ type builder struct {
 
 // all makes the images, and a kustomize component that names them by digest.
 func (b builder) all(images []image, registry string) error {
-	text := "apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nimages:\n"
+	var text strings.Builder
+	text.WriteString("apiVersion: kustomize.config.k8s.io/v1alpha1\nkind: Component\nimages:\n")
 	for _, i := range images {
 		digest, err := b.image(i)
 		if err != nil {
@@ -99,9 +101,9 @@ func (b builder) all(images []image, registry string) error {
 		if registry != "" {
 			name = registry + "/" + i.name
 		}
-		text += fmt.Sprintf("  - name: cryptcsi/%s\n    newName: %s\n    digest: %s\n", i.name, name, digest)
+		fmt.Fprintf(&text, "  - name: cryptcsi/%s\n    newName: %s\n    digest: %s\n", i.name, name, digest)
 	}
-	return os.WriteFile(filepath.Join(b.out, "kustomization.yaml"), []byte(text), 0o644) //nolint:gosec // for others to read
+	return os.WriteFile(filepath.Join(b.out, "kustomization.yaml"), []byte(text.String()), 0o644) //nolint:gosec // for others to read
 }
 
 // image makes one, for all architectures, and returns its digest.
@@ -156,9 +158,7 @@ func (b builder) platform(o layout, i image, arch string) (descriptor, error) {
 		return descriptor{}, err
 	}
 	debian["/etc/ssl/certs/ca-certificates.crt"] = file{content: authorities}
-	for name, f := range i.files {
-		debian[name] = f
-	}
+	maps.Copy(debian, i.files)
 	text, err := sbom(i.name, arch, t, packages, programs, b.at)
 	if err != nil {
 		return descriptor{}, err
