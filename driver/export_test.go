@@ -20,6 +20,9 @@ var (
 	ReadMount      = readMount
 )
 
+// Run is for the test of how programs end.
+var Run = run
+
 const SuperArea = superArea
 
 // ReadMkfsOptions is for the test that every flag that is offered works.

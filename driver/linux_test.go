@@ -149,3 +149,20 @@ func FuzzReadSuperblock(f *testing.F) {
 		}
 	})
 }
+
+// TestProgramsEnd: a program has ended when it has, whoever still holds its
+// pipe; how is what it says.
+func TestProgramsEnd(t *testing.T) {
+	for script, wrong := range map[string]string{
+		"sleep 2 & exit 0":           "",
+		"echo bad; sleep 2 & exit 3": "exit status 3: bad",
+	} {
+		t.Run(script, func(t *testing.T) {
+			t.Parallel()
+			err := driver.Run(t.Context(), "sh", "-c", script)
+			if (err == nil) != (wrong == "") || err != nil && !strings.Contains(err.Error(), wrong) {
+				t.Errorf("got %v, want %q", err, wrong)
+			}
+		})
+	}
+}

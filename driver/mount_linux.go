@@ -94,10 +94,10 @@ func (Linux) Grow(ctx context.Context, device, mountpoint, fstype string) error 
 // run runs a program. The error holds what it printed, shortened.
 func run(ctx context.Context, name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = 5 * time.Second // a child of the child may keep the pipe
+	cmd.WaitDelay = time.Second // another process that is just being started may keep the pipe
 	out, err := cmd.CombinedOutput()
 	switch {
-	case err == nil:
+	case err == nil || errors.Is(err, exec.ErrWaitDelay): // the program itself has ended, and well
 		return nil
 	case ctx.Err() != nil:
 		return fmt.Errorf("%s was interrupted: %w", name, ctx.Err())
