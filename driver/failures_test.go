@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/cryptcsi/cryptcsi/driver"
@@ -37,7 +38,7 @@ func watched(t *testing.T, run func(m *machine, report func(mapping string), cou
 		go func() { ended <- m.driver.WatchIntegrity(ctx) }()
 		run(m, func(mapping string) {
 			reports <- mapping
-			time.Sleep(time.Millisecond)
+			pass(time.Millisecond)
 		}, &counted, log)
 		for _, e := range *events {
 			if e.Reason != driver.ReasonDamaged || !e.Warning {
@@ -50,6 +51,12 @@ func watched(t *testing.T, run func(m *machine, report func(mapping string), cou
 		cancel()
 		m.ok("WatchIntegrity", <-ended)
 	})
+}
+
+// pass lets time pass, and whoever is woken by it come to rest.
+func pass(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
 }
 
 // damage is what Inspect says.
@@ -79,14 +86,14 @@ func TestDamageIsDebounced(t *testing.T) {
 		if got := m.damage().Reports; got != 1 || !m.condition().GetAbnormal() {
 			m.t.Errorf("the first moment has %d reports, want 1; %v", got, m.condition())
 		}
-		time.Sleep(10 * time.Second)
+		pass(10 * time.Second)
 		if d := m.damage(); d.Reports != 1000 || d.First.Sub(first) > time.Second || !d.Last.After(d.First) || *counted != 1000 {
 			m.t.Errorf("noted are %+v, counted %d", d, *counted)
 		}
 		if n := strings.Count(log.String(), "not authentic"); n != 1 {
 			m.t.Errorf("it was said %d times", n)
 		}
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		report(name)
 		if n := strings.Count(log.String(), "not authentic"); n != 2 {
 			m.t.Errorf("an hour later it was said %d times", n)
@@ -110,7 +117,7 @@ func TestDamageBeforeStaged(t *testing.T) {
 		m.ok("unstage", m.unstage())
 		report(name)
 		m.ok("stage", m.stage(blockCap()))
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if d := m.damage(); d.Reports != 0 || *counted != 0 {
 			m.t.Errorf("noted are %+v, counted %d", d, *counted)
 		}
