@@ -122,8 +122,9 @@ func (e *Events) about(ctx context.Context, event Event) []*corev1.ObjectReferen
 }
 
 // claim returns the PersistentVolumeClaim that a volume is bound to, nil for
-// none. Volumes cannot be asked for by their ID, so all are listed, from the API
-// server's memory and rarely.
+// none. Volumes cannot be asked for by their ID, so all are listed, rarely and
+// from the API server's memory; where it is not in there, which may be late, from
+// its store.
 func (e *Events) claim(ctx context.Context, event Event) (*corev1.ObjectReference, error) {
 	key := event.Driver + "/" + event.VolumeID
 	if claim := e.claims[key]; claim != nil && time.Since(e.listed) < claimsAge {
@@ -135,22 +136,35 @@ func (e *Events) claim(ctx context.Context, event Event) (*corev1.ObjectReferenc
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	e.listed = time.Now()
+	for _, from := range []string{"0", ""} {
+		if err := e.list(ctx, event.Driver, from); err != nil {
+			return e.claims[key], err
+		}
+		if claim := e.claims[key]; claim != nil {
+			return claim, nil
+		}
+	}
+	return nil, nil
+}
+
+// list reads the claims of a driver's volumes, at least as new as a version.
+func (e *Events) list(ctx context.Context, driver, version string) error {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
-	e.listed = time.Now()
-	volumes, err := e.core.PersistentVolumes().List(ctx, metav1.ListOptions{ResourceVersion: "0"})
+	volumes, err := e.core.PersistentVolumes().List(ctx, metav1.ListOptions{ResourceVersion: version})
 	if err != nil {
-		return e.claims[key], asked(ctx, "list persistentvolumes", err)
+		return asked(ctx, "list persistentvolumes", err)
 	}
 	e.claims = map[string]*corev1.ObjectReference{}
 	for _, pv := range volumes.Items {
-		if csi, ref := pv.Spec.CSI, pv.Spec.ClaimRef; csi != nil && ref != nil && csi.Driver == event.Driver {
+		if csi, ref := pv.Spec.CSI, pv.Spec.ClaimRef; csi != nil && ref != nil && csi.Driver == driver {
 			e.claims[csi.Driver+"/"+csi.VolumeHandle] = &corev1.ObjectReference{
 				Kind: "PersistentVolumeClaim", APIVersion: "v1", Namespace: ref.Namespace, Name: ref.Name, UID: ref.UID,
 			}
 		}
 	}
-	return e.claims[key], nil
+	return nil
 }
 
 // cut shortens a message to what an Event can have, at a character's border.
