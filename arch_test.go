@@ -55,7 +55,7 @@ func importRules() []rule {
 		{"internal/config", []string{"errdefs"}, "flags and a file; knows no flag"},
 		{"internal/logging", []string{"errdefs"}, "flags and a log"},
 		{"internal/metrics", []string{"errdefs", "kms"}, "counts what all programs count: calls served, calls to a KMS"},
-		{"internal/keyconfig", []string{"envelope", "envelope/stores", "errdefs", "internal/config", "kms", "kms/all", "secret"}, "the flags that programs with keys share"},
+		{"internal/keyconfig", []string{"dek", "envelope", "envelope/stores", "errdefs", "internal/config", "kms", "kms/all", "secret"}, "the flags that programs with keys share"},
 		{"internal/awsconfig", []string{"errdefs", "kms"}, "what KMS and stores of one cloud have in common"},
 		{"internal/azureconfig", []string{"errdefs", "kms"}, "what KMS and stores of one cloud have in common"},
 		{"internal/gcpconfig", []string{"errdefs"}, "what KMS and stores of one cloud have in common"},

@@ -111,6 +111,9 @@ type Spec struct {
 	// IntegrityMode says how dm-integrity writes: "" with its journal, so that
 	// a sector and its tag are one after a crash, or ModeDirect.
 	IntegrityMode string `json:"integrity_mode,omitempty"`
+	// KEK names the KEK that wraps the DEK, among those that are configured; ""
+	// is their first. No disk says it, so a copy may have another.
+	KEK string `json:"kek,omitempty"`
 }
 
 // ModeDirect is dm-integrity without its journal. What was written and not
@@ -154,6 +157,22 @@ func (s Spec) Validate() error {
 		return fmt.Errorf("integrity mode %q cannot be with layout %q: a crash could leave dm-clone's metadata unreadable", s.IntegrityMode, s.Layout)
 	case len(s.Name) > maxID:
 		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxID)
+	case s.KEK != "":
+		return CheckKEK(s.KEK)
+	}
+	return nil
+}
+
+// CheckKEK checks the form of a KEK's name: 1 to 63 lower-case letters, digits
+// and '-', no '-' at the beginning.
+func CheckKEK(name string) error {
+	ok := len(name) >= 1 && len(name) <= 63 && name[0] != '-'
+	for i := 0; ok && i < len(name); i++ {
+		c := name[i]
+		ok = c == '-' || c >= '0' && c <= '9' || c >= 'a' && c <= 'z'
+	}
+	if !ok {
+		return fmt.Errorf("KEK name %.70q: must be 1 to 63 lower-case letters, digits and '-', and not begin with '-'", name)
 	}
 	return nil
 }

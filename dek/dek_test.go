@@ -75,6 +75,8 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},
 		{Cipher: dek.CipherXTS, Discard: true},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
+		{Cipher: dek.CipherXTS, KEK: "0-gold-"},
+		{Cipher: dek.CipherXTS, KEK: strings.Repeat("k", 63)},
 	} {
 		if err := good.Validate(); err != nil {
 			t.Errorf("%+v: %v", good, err)
@@ -89,6 +91,10 @@ func TestSpecValidate(t *testing.T) {
 		{Cipher: dek.CipherXTS, Layout: dek.LayoutConstellation},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Discard: true},
 		{Cipher: dek.CipherXTS, IntegrityMode: dek.ModeDirect},
+		{Cipher: dek.CipherXTS, KEK: "-gold"},
+		{Cipher: dek.CipherXTS, KEK: "Gold"},
+		{Cipher: dek.CipherXTS, KEK: "gold:"},
+		{Cipher: dek.CipherXTS, KEK: strings.Repeat("k", 64)},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: "bitmap"},
 		{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect, Layout: dek.LayoutClone},
 		{Cipher: dek.CipherXTS, Name: strings.Repeat("n", 300)},

@@ -21,6 +21,7 @@ type ControllerConfig struct {
 	Profile    *Profile // nil: the one of the wrapped driver's name
 	Keys       ControllerKeys
 	Plaintext  Plaintext // nil: every volume is encrypted; else the nodes' list
+	KEKs       []string  // the names that Keys takes as dek.Spec.KEK, besides none
 
 	Version  string            // GetPluginInfo's
 	Manifest map[string]string // GetPluginInfo's

@@ -19,6 +19,7 @@ const (
 	keyInit    = KeyPrefix + "integrity-init" // InitClone or InitWipe
 	keyDiscard = KeyPrefix + "discard"
 	keyMode    = KeyPrefix + "integrity-mode" // modeJournal or dek.ModeDirect
+	keyKEK     = KeyPrefix + "kek"            // a name of ControllerConfig.KEKs
 )
 
 // modeJournal is the value that asks for what no mode asks for too.
@@ -50,6 +51,7 @@ type class struct {
 	integrity, init string // "" where they do not say
 	mode            string // likewise
 	discard         bool
+	kek             string // "": the default one
 	mkfs            string
 	performance     string
 	rest            map[string]string // for the wrapped driver
@@ -74,6 +76,10 @@ var ownParameters = map[string]func(c *class, value string) error{
 	keyDiscard: func(c *class, value string) error {
 		c.discard = value == "true"
 		return among(value, "true", "false")
+	},
+	keyKEK: func(c *class, value string) error { // that there is one is checked with the spec
+		c.kek = value
+		return dek.CheckKEK(value)
 	},
 	keyMkfs: func(c *class, value string) error { // checked when the filesystem is known
 		c.mkfs = value
@@ -147,7 +153,7 @@ func (c class) spec(byType bool) (dek.Spec, error) {
 		return dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "parameter "+format, args...)
 	}
 	integrity := c.integrity == string(dek.IntegrityHMAC) || byType
-	spec := dek.Spec{Cipher: dek.CipherXTS, Discard: c.discard}
+	spec := dek.Spec{Cipher: dek.CipherXTS, Discard: c.discard, KEK: c.kek}
 	switch {
 	case !integrity && c.init != "":
 		return invalid("%s says how a volume with integrity is initialised, and this one has none: set %s to %q", keyInit, keyIntegrity, dek.IntegrityHMAC)
@@ -233,12 +239,27 @@ func (c *Controller) readWish(parameters map[string]string, capabilities []*csi.
 	if w.spec, err = class.spec(integrity); err != nil {
 		return wish{}, err
 	}
+	if err := c.checkKEK(w.spec.KEK); err != nil {
+		return wish{}, errdefs.Errorf(errdefs.ErrInvalid, "parameter %s: %w", keyKEK, err)
+	}
 	for _, want := range wants {
 		if err := checkSharing(want, w.spec.Integrity, c.wrapped.profile); err != nil {
 			return wish{}, err
 		}
 	}
 	return w, nil
+}
+
+// checkKEK refuses the name of a KEK that is not configured, before something is
+// made that could have no key.
+func (c *Controller) checkKEK(name string) error {
+	switch {
+	case name == "" || slices.Contains(c.cfg.KEKs, name):
+		return nil
+	case len(c.cfg.KEKs) == 0:
+		return fmt.Errorf("there is no KEK %q: this controller was given no names of KEKs", name)
+	}
+	return fmt.Errorf("there is no KEK %q: this controller was given %s", name, strings.Join(c.cfg.KEKs, ", "))
 }
 
 // inner is a capability as the wrapped driver's controller gets it.

@@ -66,6 +66,9 @@ func (c *Controller) checkSnapshotted(ctx context.Context, req *csi.CreateSnapsh
 	if err := spec.Validate(); err != nil {
 		return "", dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
 	}
+	if err := c.checkKEK(spec.KEK); err != nil {
+		return "", dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "%s and its snapshots have the KEK that its StorageClass chose: %w", source, err)
+	}
 	return source, spec, nil
 }
 

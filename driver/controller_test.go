@@ -32,6 +32,7 @@ type plant struct {
 	ring    *envelope.Keyring
 	faults  *drivertest.Faults
 	list    driver.Plaintext
+	keks    []string
 	csi     csi.ControllerClient
 	id      csi.IdentityClient
 }
@@ -42,7 +43,7 @@ func newPlant(t *testing.T) *plant {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ring, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{})
+	ring, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{KEKNames: []string{"gold"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +55,7 @@ func newPlant(t *testing.T) *plant {
 func (p *plant) start() *plant {
 	p.t.Helper()
 	c, err := driver.NewController(p.t.Context(), driver.ControllerConfig{
-		Wrapped: p.faults.Conn(drivertest.Direct(p.wrapped.Register)), Keys: p.faults.ControllerKeys(p.ring), Plaintext: p.list, Version: "test",
+		Wrapped: p.faults.Conn(drivertest.Direct(p.wrapped.Register)), Keys: p.faults.ControllerKeys(p.ring), Plaintext: p.list, Version: "test", KEKs: p.keks,
 	})
 	if err != nil {
 		p.t.Fatal(err)
@@ -220,6 +221,9 @@ func TestCreateVolumeRefuses(t *testing.T) {
 		"a mode without integrity": {request("x", with("cryptcsi.io/integrity-mode", "journal")), "cryptcsi.io/integrity-mode says"},
 		"another mode":             {request("x", with("cryptcsi.io/integrity", "hmac-sha256", "cryptcsi.io/integrity-mode", "bitmap")), `"bitmap"`},
 		"direct and dm-clone":      {request("x", with("cryptcsi.io/integrity", "hmac-sha256", "cryptcsi.io/integrity-mode", "direct", "cryptcsi.io/integrity-init", "clone")), `cryptcsi.io/integrity-mode: "direct" goes with cryptcsi.io/integrity-init "wipe" only`},
+		"a name that no KEK has":   {request("x", with("cryptcsi.io/kek", "Gold")), "cryptcsi.io/kek: KEK name"},
+		"a KEK without a name":     {request("x", with("cryptcsi.io/kek", "")), "cryptcsi.io/kek: KEK name"},
+		"a KEK, and no names":      {request("x", with("cryptcsi.io/kek", "gold")), `cryptcsi.io/kek: there is no KEK "gold": this controller was given no names`},
 		"a wrong prefix":           {request("x", with("CryptCSI.io/integrity", "hmac-sha256")), "CryptCSI.io/integrity"},
 		"another integrity":        {request("x", with("cryptcsi.io/integrity", "crc32")), `"crc32"`},
 		"another cipher":           {request("x", with("cryptcsi.io/cipher", "null")), `"null"`},

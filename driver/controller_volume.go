@@ -161,7 +161,7 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 	if err != nil {
 		return nil, err
 	}
-	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "layout", p.spec.Layout, "discard", p.spec.Discard, "source", p.source)
+	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "layout", p.spec.Layout, "discard", p.spec.Discard, "kek", p.spec.KEK, "source", p.source)
 	return out, nil
 }
 

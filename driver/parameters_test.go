@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
 	"github.com/cryptcsi/cryptcsi/dek"
@@ -307,4 +308,46 @@ func TestIntegrityMode(t *testing.T) {
 	}
 	m.ok("unstage", m.unstage())
 	m.clean()
+}
+
+// The KEK that a class names wraps the volume's key. A name that is not known is
+// refused before there is a volume, a copy or a snapshot.
+func TestKEKByName(t *testing.T) {
+	p := newPlant(t)
+	p.keks = []string{"gold", "lead"}
+	p.start()
+	gold := with("cryptcsi.io/kek", "gold")
+	if v := p.mustCreate(request("a", gold, with("theirs", "x"))); v.GetVolumeContext()["cryptcsi.io/kek"] != "" {
+		t.Errorf("the volume context: %v", v.GetVolumeContext())
+	}
+	if got := p.dek(volumeDEK("vol-a")).Spec; got != (dek.Spec{Name: "a", Cipher: dek.CipherXTS, KEK: "gold"}) {
+		t.Errorf("recorded: %+v", got)
+	}
+	_, err := p.create(request("a", with("theirs", "x")))
+	p.refused("the same without the parameter", err, codes.AlreadyExists)
+
+	_, err = p.create(request("b", with("cryptcsi.io/kek", "silver")))
+	p.refused("a name that is not there", err, codes.InvalidArgument, "parameter cryptcsi.io/kek", `"silver"`, "gold, lead")
+	_, err = p.csi.GetCapacity(t.Context(), &csi.GetCapacityRequest{Parameters: map[string]string{"cryptcsi.io/kek": "silver"}})
+	p.refused("its capacity", err, codes.InvalidArgument, "cryptcsi.io/kek")
+	if got := p.wrapped.Volumes(); !slices.Equal(got, []string{"vol-a"}) {
+		t.Errorf("volumes: %v", got)
+	}
+	// What the key side does not know after all is refused too: the keyring has gold alone.
+	_, err = p.create(request("c", with("cryptcsi.io/kek", "lead")))
+	p.refused("a name that the key side has not", err, codes.InvalidArgument, `"lead"`)
+
+	p.mustCreate(request("d", of("", "vol-a")))
+	if got := p.dek(volumeDEK("vol-d")).Spec.KEK; got != "" {
+		t.Errorf("a copy that names none has %q", got)
+	}
+	_, err = p.snapshot("s", "vol-a")
+	p.ok("CreateSnapshot", err)
+	if got := p.dek(snapshotDEK("snap-s")).Spec.KEK; got != "gold" {
+		t.Errorf("a snapshot has %q", got)
+	}
+	p.keks = []string{"lead"}
+	p.start()
+	_, err = p.snapshot("later", "vol-a")
+	p.refused("a snapshot when the name is gone", err, codes.InvalidArgument, `"gold"`)
 }

@@ -80,6 +80,9 @@ type Options struct {
 	// then whoever may use the KEK could unwrap it from them. It is called
 	// concurrently.
 	Survives func(id dek.ID, until time.Time)
+	// KEKNames are the names of the KEKs, in their order, by which specs choose
+	// one; "", and none at the end, is a KEK without a name.
+	KEKNames []string
 	// CacheFor is how long GetDEK may use an unwrapped key again without asking
 	// the KMS; 0 is never. The record is read from the store at every call all
 	// the same, and the key is used only if the wrapped bytes in it are those
@@ -97,13 +100,15 @@ type Options struct {
 // are of errdefs' classes or ctx's; ErrUnavailable means that the change may
 // have happened, and calling again finds out.
 //
-// The first KEK wraps; a wrapped key is unwrapped by the KEKs of the scheme
-// that its record names, tried in their order. New records go to the first
+// The KEK that the spec names wraps, the first one where it names none; a
+// wrapped key is unwrapped by the KEKs of the scheme that its record names,
+// tried in their order. New records go to the first
 // store; a record is looked for in all of them, in their order, and changed
 // where it is. Processes that create over the same stores must agree which is
 // the first: none of them sees what another creates elsewhere at that moment.
 type Keyring struct {
 	keks     []*kms.KEK
+	names    []string // the KEKs', in their order
 	stores   []Store
 	auth     *authenticator // nil: none
 	grace    time.Duration
@@ -116,7 +121,7 @@ type Keyring struct {
 
 // New returns a Keyring and takes KEKs, stores and Options.RecordAuth over:
 // Close closes them all (a store if it is an io.Closer). ErrInvalid without a
-// KEK or a store, or for a short secret, ErrState where a cache is asked for and
+// KEK or a store, for bad names, or for a short secret, ErrState where a cache is asked for and
 // memory cannot be locked; then all stay the caller's.
 func New(keks []*kms.KEK, stores []Store, o Options) (*Keyring, error) {
 	switch {
@@ -129,6 +134,9 @@ func New(keks []*kms.KEK, stores []Store, o Options) (*Keyring, error) {
 	case o.Grace < 0:
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "a grace of %v is below zero", o.Grace)
 	}
+	if err := checkNames(o.KEKNames, len(keks)); err != nil {
+		return nil, err
+	}
 	cache, err := newCache(o.CacheFor, o.CacheSize)
 	if err != nil {
 		return nil, err
@@ -139,7 +147,7 @@ func New(keks []*kms.KEK, stores []Store, o Options) (*Keyring, error) {
 		return nil, err
 	}
 	k := &Keyring{
-		keks: slices.Clone(keks), stores: slices.Clone(stores), auth: auth, grace: o.Grace,
+		keks: slices.Clone(keks), names: slices.Clone(o.KEKNames), stores: slices.Clone(stores), auth: auth, grace: o.Grace,
 		attempts: o.Attempts, backoff: o.Backoff, now: o.Now, survives: o.Survives, cache: cache,
 	}
 	if k.attempts <= 0 {
@@ -173,7 +181,8 @@ func (k *Keyring) Close() error {
 
 // CreateDEK returns the DEK of that ID, made now or before; the caller wipes
 // it. ErrExists where it exists with another spec, the name included, or as a
-// clone, and where it was deleted: an ID never gets a second key.
+// clone, and where it was deleted: an ID never gets a second key. ErrInvalid
+// where no KEK has the name in the spec.
 func (k *Keyring) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.DEK, error) {
 	return k.make(ctx, id, spec, "")
 }
@@ -189,7 +198,7 @@ func (k *Keyring) CreateDEK(ctx context.Context, id dek.ID, spec dek.Spec) (dek.
 // rotation of it, and is recorded after that, is refused when it is opened: it
 // gets no key that source has no longer, because that is what a rotation is for.
 //
-// The spec must be source's but for the name and Discard (ErrInvalid). ErrExists where a
+// The spec must be source's but for the name, Discard and KEK (ErrInvalid). ErrExists where a
 // DEK exists that is no clone of source. ErrConflict while source is being
 // rotated, because nobody knows then which key the copy has; not for a
 // snapshot, which nobody opens. Once the clone exists, source is not looked at.
@@ -264,7 +273,7 @@ func (k *Keyring) create(ctx context.Context, id dek.ID, spec dek.Spec, source d
 		return err
 	}
 	defer key.Wipe()
-	if r.Wrapped, err = k.wrap(ctx, id, key); err != nil {
+	if r.Wrapped, err = k.wrap(ctx, r, key); err != nil {
 		return err
 	}
 	data, err := r.encode(key, k.auth)

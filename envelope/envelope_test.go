@@ -87,7 +87,7 @@ func TestContract(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			keyclienttest.Run(t, func(t *testing.T) keyclienttest.Keys {
 				kek, store := open(t)
-				k := newKeyring(t, kek, store, envelope.Options{})
+				k := newKeyring(t, kek, store, envelope.Options{KEKNames: []string{keyclienttest.KEK}})
 				t.Cleanup(func() {
 					if err := k.Close(); err != nil {
 						t.Errorf("Close: %v", err)
@@ -151,6 +151,9 @@ func TestVectors(t *testing.T) {
 		{"prepared-direct", 13, dek.DEK{
 			ID: "ebs.csi.aws.com/vol-13", State: dek.Prepared,
 			Spec: dek.Spec{Name: "pvc-13", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
+		}},
+		{"prepared-kek", 14, dek.DEK{ // no KEK here has that name: opening asks for none
+			ID: "ebs.csi.aws.com/vol-14", State: dek.Prepared, Spec: dek.Spec{Name: "pvc-14", Cipher: dek.CipherXTS, KEK: "gold-1"},
 		}},
 		{"deleted-with-grace", 9, dek.DEK{
 			ID: "ebs.csi.aws.com/vol-9", State: dek.Rotating, Source: "ebs.csi.aws.com/vol-1",
@@ -439,6 +442,9 @@ func TestNewRefuses(t *testing.T) {
 		"no store, a KEK that derives":  {[]*kms.KEK{clusterKEK(t, 0, 32)}, nil, envelope.Options{}, "also where the KEK"},
 		"neither, which is about a KEK": {nil, nil, envelope.Options{}, "KMS URI"},
 		"a short secret":                {[]*kms.KEK{fake}, []envelope.Store{store}, envelope.Options{RecordAuth: secret.New(31)}, "31 bytes, at least 32"},
+		"a bad name of a KEK":           {[]*kms.KEK{fake}, []envelope.Store{store}, envelope.Options{KEKNames: []string{"Gold"}}, "KEK name"},
+		"two KEKs of one name":          {[]*kms.KEK{fake, fake}, []envelope.Store{store}, envelope.Options{KEKNames: []string{"gold", "gold"}}, "two KEKs"},
+		"more names than KEKs":          {[]*kms.KEK{fake}, []envelope.Store{store}, envelope.Options{KEKNames: []string{"", "gold"}}, "2 names for 1 KEKs"},
 		"a grace below zero":            {[]*kms.KEK{fake}, []envelope.Store{store}, envelope.Options{Grace: -1}, "below zero"},
 	} {
 		_, err := envelope.New(tt.keks, tt.stores, tt.o)

@@ -87,6 +87,7 @@ type (
 		Discard   bool          `json:"discard,omitempty"`
 
 		IntegrityMode string `json:"integrity_mode,omitempty"`
+		KEK           string `json:"kek,omitempty"`
 	}
 	wrappedV1 struct {
 		Scheme     string `json:"scheme"`
@@ -290,6 +291,7 @@ func (r *record) fields() []byte {
 	}
 	in.optional("spec/integrity", string(r.Spec.Integrity))
 	in.optional("spec/integrity_mode", r.Spec.IntegrityMode)
+	in.optional("spec/kek", r.Spec.KEK)
 	in.optional("spec/layout", r.Spec.Layout)
 	in.optional("spec/name", r.Spec.Name)
 	in.text("state", string(r.State))

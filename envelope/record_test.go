@@ -68,6 +68,8 @@ func TestDecodeIsStrict(t *testing.T) {
 		"discard as a string":    swap(`"cipher": `, `"discard": "true", "cipher": `),
 		"discard and integrity":  swap(`"cipher": `, `"discard": true, "cipher": `),
 		"another mode":           swap(`"cipher": `, `"integrity_mode": "bitmap", "cipher": `),
+		"empty KEK":              swap(`"cipher": `, `"kek": "", "cipher": `),
+		"bad name of a KEK":      swap(`"cipher": `, `"kek": "Gold", "cipher": `),
 		"empty layout":           swap(`"cipher": `, `"layout": "", "cipher": `),
 		"number as 1.0":          swap(`"version": 1,`, `"version": 1.0,`),
 		"number as string":       swap(`"version": 1,`, `"version": "1",`),
@@ -185,7 +187,7 @@ func TestMACCoversEverything(t *testing.T) {
 	changed := 0
 	for name, n := range map[string]byte{
 		"prepared": 1, "claimed": 2, "formatted": 3, "formatted-no-sequence": 4,
-		"rotating": 6, "clone-authenticated": 7, "released": 8, "deleted-with-grace": 9, "formatted-backup": 11,
+		"rotating": 6, "clone-authenticated": 7, "released": 8, "deleted-with-grace": 9, "formatted-backup": 11, "prepared-kek": 14,
 	} {
 		key := countUp(32*n, 32)
 		defer key.Wipe()
@@ -208,7 +210,7 @@ func TestMACCoversEverything(t *testing.T) {
 			t.Errorf("%s verifies under another key", name)
 		}
 		other.Wipe()
-		if name != "claimed" && name != "formatted" && name != "formatted-backup" && name != "clone-authenticated" {
+		if name != "claimed" && name != "formatted" && name != "formatted-backup" && name != "prepared-kek" && name != "clone-authenticated" {
 			continue // these have every field
 		}
 		from := 0

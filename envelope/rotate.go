@@ -59,7 +59,7 @@ func (k *Keyring) startRotation(ctx context.Context, r *record, at place) error 
 	}
 	defer key.Wipe()
 	r.Previous = r.Wrapped
-	if r.Wrapped, err = k.wrap(ctx, r.ID, key); err != nil {
+	if r.Wrapped, err = k.wrap(ctx, r, key); err != nil {
 		return err
 	}
 	r.State, r.Updated = dek.Rotating, k.stamp(k.now())
@@ -80,7 +80,7 @@ func (k *Keyring) inherit(ctx context.Context, r *record) error {
 	}
 	defer d.Wipe()
 	spec := d.Spec
-	spec.Name, spec.Discard = r.Spec.Name, r.Spec.Discard // no disk says them
+	spec.Name, spec.Discard, spec.KEK = r.Spec.Name, r.Spec.Discard, r.Spec.KEK // no disk says them
 	old := d.Key
 	switch {
 	case spec != dek.Spec(r.Spec):
@@ -93,14 +93,15 @@ func (k *Keyring) inherit(ctx context.Context, r *record) error {
 		return errdefs.Errorf(errdefs.ErrConflict, "its key is being rotated, or it is a clone that no node has opened yet: mount it once, then clone it")
 	}
 	r.State, r.Header = dek.Rotating, headerV1{UUID: s.Header.UUID}
-	r.Previous, err = k.wrap(ctx, r.ID, old)
+	r.Previous, err = k.wrap(ctx, r, old)
 	return err
 }
 
 // RewrapDEK wraps the DEK, and the previous one while there is one, under the
-// current key of the first KEK, unless they are already, and authenticates the
-// record if it should be and is not. The DEK itself stays. ErrState where it
-// was deleted.
+// current key of the KEK that its spec names (the first one where it names
+// none), unless they are already, and authenticates the record if it should be
+// and is not. The DEK itself stays. ErrState where it was deleted, ErrInvalid
+// where no KEK has that name.
 func (k *Keyring) RewrapDEK(ctx context.Context, id dek.ID) error { return k.rewrap(ctx, id, false) }
 
 // RewrapDEKAlways is RewrapDEK that wraps anew in any case: for services whose
@@ -111,14 +112,18 @@ func (k *Keyring) RewrapDEKAlways(ctx context.Context, id dek.ID) error {
 
 func (k *Keyring) rewrap(ctx context.Context, id dek.ID, always bool) error {
 	return k.change(ctx, id, func(r *record, main opened) (bool, error) {
-		current, err := k.keks[0].CurrentKeyID(ctx)
+		own, err := k.kekOf(r)
 		if err != nil {
 			return false, err
 		}
-		due := func(w wrappedV1, kek int) bool { return always || kek != 0 || w.KeyID != current }
+		current, err := k.keks[own].CurrentKeyID(ctx)
+		if err != nil {
+			return false, err
+		}
+		due := func(w wrappedV1, kek int) bool { return always || kek != own || w.KeyID != current }
 		changed := k.auth != nil && r.Auth == nil
 		if due(r.Wrapped, main.kek) {
-			if r.Wrapped, err = k.wrap(ctx, id, main.key); err != nil {
+			if r.Wrapped, err = k.wrap(ctx, r, main.key); err != nil {
 				return false, err
 			}
 			changed = true
@@ -132,7 +137,7 @@ func (k *Keyring) rewrap(ctx context.Context, id dek.ID, always bool) error {
 		}
 		defer previous.key.Wipe()
 		if due(r.Previous, previous.kek) {
-			if r.Previous, err = k.wrap(ctx, id, previous.key); err != nil {
+			if r.Previous, err = k.wrap(ctx, r, previous.key); err != nil {
 				return false, err
 			}
 			changed = true
@@ -141,18 +146,22 @@ func (k *Keyring) rewrap(ctx context.Context, id dek.ID, always bool) error {
 	})
 }
 
-// wrap wraps key under the first KEK. What it returns may become the only copy
+// wrap wraps key under the KEK of r. What it returns may become the only copy
 // of a key: it was unwrapped once to see that it can be.
-func (k *Keyring) wrap(ctx context.Context, id dek.ID, key secret.Bytes) (wrappedV1, error) {
-	kek := k.keks[0]
-	w, err := kek.Wrap(ctx, string(id), key)
+func (k *Keyring) wrap(ctx context.Context, r *record, key secret.Bytes) (wrappedV1, error) {
+	own, err := k.kekOf(r)
+	if err != nil {
+		return wrappedV1{}, err
+	}
+	kek := k.keks[own]
+	w, err := kek.Wrap(ctx, string(r.ID), key)
 	if err != nil {
 		return wrappedV1{}, err
 	}
 	if w.PublicKey() && k.auth == nil {
 		return wrappedV1{}, errdefs.Errorf(errdefs.ErrInvalid, "KEK %s wraps with a public key, so that whoever writes to the store could plant keys: records need an authenticator, give --record-auth-secret-file", kek.Name())
 	}
-	again, err := kek.Unwrap(ctx, string(id), w)
+	again, err := kek.Unwrap(ctx, string(r.ID), w)
 	if errors.Is(err, errdefs.ErrCorrupt) {
 		return wrappedV1{}, errdefs.Errorf(errdefs.ErrState, "the KMS does not unwrap what it has just wrapped, nothing was changed: %s", err.Error())
 	}

@@ -148,9 +148,9 @@ func validSpec(s dek.Spec) error {
 }
 
 func specToWire(s dek.Spec) *keyservicev1.Spec {
-	return &keyservicev1.Spec{Name: s.Name, Cipher: s.Cipher, Integrity: string(s.Integrity), Layout: s.Layout, Discard: s.Discard, IntegrityMode: s.IntegrityMode}
+	return &keyservicev1.Spec{Name: s.Name, Cipher: s.Cipher, Integrity: string(s.Integrity), Layout: s.Layout, Discard: s.Discard, IntegrityMode: s.IntegrityMode, Kek: s.KEK}
 }
 
 func specFromWire(s *keyservicev1.Spec) dek.Spec {
-	return dek.Spec{Name: s.GetName(), Cipher: s.GetCipher(), Integrity: dek.Integrity(s.GetIntegrity()), Layout: s.GetLayout(), Discard: s.GetDiscard(), IntegrityMode: s.GetIntegrityMode()}
+	return dek.Spec{Name: s.GetName(), Cipher: s.GetCipher(), Integrity: dek.Integrity(s.GetIntegrity()), Layout: s.GetLayout(), Discard: s.GetDiscard(), IntegrityMode: s.GetIntegrityMode(), KEK: s.GetKek()}
 }

@@ -36,6 +36,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/errdefs/errgrpc"
 	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/keyclient/keyclienttest"
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest"
 	"github.com/cryptcsi/cryptcsi/secret"
@@ -56,7 +57,7 @@ func newRing(t *testing.T) *envelope.Keyring {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{})
+	k, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{KEKNames: []string{keyclienttest.KEK}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +79,7 @@ func (s *service) GetDEK(ctx context.Context, r *keyservicev1.GetDEKRequest) (*k
 }
 
 func (s *service) CreateDEK(ctx context.Context, r *keyservicev1.CreateDEKRequest) (*keyservicev1.DEK, error) {
-	spec := dek.Spec{Name: r.Spec.Name, Cipher: r.Spec.Cipher, Integrity: dek.Integrity(r.Spec.Integrity), Layout: r.Spec.Layout, Discard: r.Spec.Discard, IntegrityMode: r.Spec.IntegrityMode}
+	spec := dek.Spec{Name: r.Spec.Name, Cipher: r.Spec.Cipher, Integrity: dek.Integrity(r.Spec.Integrity), Layout: r.Spec.Layout, Discard: r.Spec.Discard, IntegrityMode: r.Spec.IntegrityMode, KEK: r.Spec.Kek}
 	if r.Source != "" {
 		return answer(r.Recipient)(s.ring.CloneDEK(ctx, dek.ID(r.Id), spec, dek.ID(r.Source)))
 	}
@@ -115,7 +116,7 @@ func answer(recipient []byte) func(dek.DEK, error) (*keyservicev1.DEK, error) {
 		defer d.Wipe()
 		a := &keyservicev1.DEK{
 			Id: string(d.ID), State: string(d.State), Source: string(d.Source),
-			Spec: &keyservicev1.Spec{Name: d.Spec.Name, Cipher: d.Spec.Cipher, Integrity: string(d.Spec.Integrity), Layout: d.Spec.Layout, Discard: d.Spec.Discard, IntegrityMode: d.Spec.IntegrityMode},
+			Spec: &keyservicev1.Spec{Name: d.Spec.Name, Cipher: d.Spec.Cipher, Integrity: string(d.Spec.Integrity), Layout: d.Spec.Layout, Discard: d.Spec.Discard, IntegrityMode: d.Spec.IntegrityMode, Kek: d.Spec.KEK},
 		}
 		if d.Claim != (dek.Claim{}) {
 			a.Claim = &keyservicev1.Claim{Node: d.Claim.Node, Uuid: d.Claim.UUID}

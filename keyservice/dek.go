@@ -268,7 +268,7 @@ func idOf(req aboutDEK) (dek.ID, error) {
 }
 
 func specOf(s *keyservicev1.Spec) (dek.Spec, error) {
-	spec := dek.Spec{Name: s.GetName(), Cipher: s.GetCipher(), Integrity: dek.Integrity(s.GetIntegrity()), Layout: s.GetLayout(), Discard: s.GetDiscard(), IntegrityMode: s.GetIntegrityMode()}
+	spec := dek.Spec{Name: s.GetName(), Cipher: s.GetCipher(), Integrity: dek.Integrity(s.GetIntegrity()), Layout: s.GetLayout(), Discard: s.GetDiscard(), IntegrityMode: s.GetIntegrityMode(), KEK: s.GetKek()}
 	if err := spec.Validate(); err != nil {
 		return dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "spec: %w", err)
 	}
@@ -314,7 +314,7 @@ func sealedOnWire(to hpke.PublicKey, d dek.DEK) (a *keyservicev1.DEK, err error)
 func onWire(d dek.DEK) *keyservicev1.DEK {
 	a := &keyservicev1.DEK{
 		Id: string(d.ID), State: string(d.State), Source: string(d.Source),
-		Spec: &keyservicev1.Spec{Name: d.Spec.Name, Cipher: d.Spec.Cipher, Integrity: string(d.Spec.Integrity), Layout: d.Spec.Layout, Discard: d.Spec.Discard, IntegrityMode: d.Spec.IntegrityMode},
+		Spec: &keyservicev1.Spec{Name: d.Spec.Name, Cipher: d.Spec.Cipher, Integrity: string(d.Spec.Integrity), Layout: d.Spec.Layout, Discard: d.Spec.Discard, IntegrityMode: d.Spec.IntegrityMode, Kek: d.Spec.KEK},
 	}
 	if d.Claim != (dek.Claim{}) {
 		a.Claim = &keyservicev1.Claim{Node: d.Claim.Node, Uuid: d.Claim.UUID}

@@ -38,6 +38,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
+	"github.com/cryptcsi/cryptcsi/keyclient/keyclienttest"
 	"github.com/cryptcsi/cryptcsi/keyservice"
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/kmstest"
@@ -212,7 +213,7 @@ func newRing(t testing.TB) *envelope.Keyring {
 	t.Helper()
 	store, err := envelope.LocalStores().Open(t.Context(), "mem://")
 	must(t, "opening a store", err)
-	ring, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{Attempts: 1})
+	ring, err := envelope.New([]*kms.KEK{kms.New("fake", kmstest.NewBackend(), kms.Options{})}, []envelope.Store{store}, envelope.Options{Attempts: 1, KEKNames: []string{keyclienttest.KEK}})
 	must(t, "envelope.New", err)
 	t.Cleanup(func() { _ = ring.Close() })
 	return ring

@@ -17,6 +17,7 @@ func parseControllerFlags(args []string, stderr io.Writer) (*frontFlags, error) 
 	f.add(fs)
 	f.keys.direct.Add(fs)
 	f.keys.service.add(fs)
+	fs.StringVar(&f.keys.kekNames, "kek-names", "", "names of the key service's KEKs that StorageClasses may choose by cryptcsi.io/kek, with commas in between; one that is not here is refused before a volume is made")
 	f.keys.create = true
 	if err := f.parse(fs, args); err != nil {
 		return nil, err
@@ -55,6 +56,10 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
+	keks, err := f.keys.keksOf(keys)
+	if err != nil {
+		return err
+	}
 	plaintext, err := f.plaintext.read()
 	if err != nil {
 		return err
@@ -62,7 +67,7 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 	starting, cancel := context.WithTimeout(ctx, f.startTimeout)
 	defer cancel()
 	c, err := driver.NewController(starting, driver.ControllerConfig{
-		DriverName: f.driverName, Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Plaintext: plaintext, Logger: log,
+		DriverName: f.driverName, Wrapped: conn, Profile: f.profileGiven(), Keys: keys, KEKs: keks, Plaintext: plaintext, Logger: log,
 		Version: version, Manifest: map[string]string{"commit": commit, "kms": strings.Join(schemes(), ",")},
 	})
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
@@ -33,6 +34,7 @@ type keyFlags struct {
 	direct            keyconfig.Flags
 	service           keyServiceFlags
 	create, keepAlive bool
+	kekNames          string // a controller's
 }
 
 func (f *keyFlags) add(fs *flag.FlagSet) {
@@ -70,7 +72,12 @@ func (f *keyFlags) given() bool {
 func (f *keyFlags) check(verb string) error {
 	kek, store := f.direct.Given()
 	direct := kek || store
+	if _, err := f.names(); err != nil {
+		return usageError(verb + ": --kek-names: " + err.Error())
+	}
 	switch {
+	case direct && f.kekNames != "":
+		return usageError(verb + ": --kek-names goes with --key-service: --kms-uri NAME=… names KEKs")
 	case f.service.address != "" && direct:
 		return usageError(verb + ": --key-service excludes --kms-uri and --storage-uri")
 	case f.service.address == "" && !direct:
@@ -81,6 +88,29 @@ func (f *keyFlags) check(verb string) error {
 		}
 	}
 	return nil
+}
+
+// names are those of --kek-names.
+func (f *keyFlags) names() ([]string, error) {
+	if f.kekNames == "" {
+		return nil, nil
+	}
+	names := strings.Split(f.kekNames, ",")
+	for _, name := range names {
+		if err := dek.CheckKEK(name); err != nil {
+			return nil, err
+		}
+	}
+	return names, nil
+}
+
+// keksOf are the names of KEKs that may be asked for: a keyring's own, or those
+// that the flags say of the key service's.
+func (f *keyFlags) keksOf(k keys) ([]string, error) {
+	if ring, ok := k.(*envelope.Keyring); ok {
+		return ring.KEKNames(), nil
+	}
+	return f.names()
 }
 
 // keyOptions are what opening keys takes besides its flags. The zero value works.

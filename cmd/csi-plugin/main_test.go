@@ -2,6 +2,9 @@ package main
 
 import (
 	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,6 +43,10 @@ func TestCommandLines(t *testing.T) {
 		{"controller --help", 0, "-delete-grace"},
 		{"controller", 2, "controller: where keys come from is missing"},
 		{"controller --key-service=unix:///k --wrapped-endpoint=unix:///a --check-config", 0, "the configuration is right"},
+		{"controller --key-service=unix:///k --wrapped-endpoint=unix:///a --kek-names=gold,lead --check-config", 0, "the configuration is right"},
+		{"controller --key-service=unix:///k --wrapped-endpoint=unix:///a --kek-names=gold,", 2, "--kek-names: KEK name"},
+		{"controller --kms-uri=gold=static://" + key + " --storage-uri=mem:// --wrapped-endpoint=unix:///a --check-config", 0, "the configuration is right"},
+		{"controller --kms-uri=gold=static://" + key + " --storage-uri=mem:// --wrapped-endpoint=unix:///a --kek-names=gold", 2, "--kek-names goes with --key-service"},
 		{"controller --key-service=unix:///k --wrapped-endpoint=unix:///a --key-service-protocol=constellation", 2, "no records"},
 		{"controller --key-service=unix:///k --wrapped-endpoint=unix:///a --create-keys", 2, "create-keys"},
 		{"controller --kms-uri=cluster:///x --storage-uri=mem:// --wrapped-endpoint=tcp:1", 2, "controller: --wrapped-endpoint"},
@@ -99,6 +106,35 @@ func TestVersion(t *testing.T) {
 	for _, want := range []string{"csi-plugin " + version, "commit " + commit, "libcryptsetup ", "KMS: awskms, "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("version has no %q: %s", want, &out)
+		}
+	}
+}
+
+// Which KEKs a class may name: those of the configuration, or with a key service
+// those of --kek-names.
+func TestNamesOfKEKs(t *testing.T) {
+	key := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(key, bytes.Repeat([]byte("k"), 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ args, want string }{
+		{"--kms-uri=static://" + key + " --kms-uri=lead=static://" + key + " --kms-uri=gold=static://" + key + " --storage-uri=mem://", "[gold lead]"},
+		{"--kms-uri=static://" + key + " --storage-uri=mem://", "[]"},
+		{"--key-service=unix:///k --kek-names=lead,gold", "[lead gold]"},
+		{"--key-service=unix:///k", "[]"},
+	} {
+		f, err := parseControllerFlags(append(strings.Fields(tt.args), "--wrapped-endpoint=unix:///a"), io.Discard)
+		if err != nil {
+			t.Fatalf("%s: %v", tt.args, err)
+		}
+		keys, closeKeys, err := f.keys.open(t.Context(), slog.New(slog.DiscardHandler), keyOptions{})
+		if err != nil {
+			t.Fatalf("%s: %v", tt.args, err)
+		}
+		names, err := f.keys.keksOf(keys)
+		closeKeys()
+		if err != nil || fmt.Sprint(names) != tt.want {
+			t.Errorf("%s: %v, %v, want %s", tt.args, names, err, tt.want)
 		}
 	}
 }

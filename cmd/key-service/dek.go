@@ -94,13 +94,14 @@ func dekCreate(ctx context.Context, c *command) error {
 	name := c.String("name", "", "the name that the volume was asked for by (CreateVolume's); empty for a static one")
 	integrity := c.String("integrity", "", "authenticated sectors: hmac-sha256, or empty for none")
 	mode := c.String("integrity-mode", "", "with integrity: direct, or empty for its journal (docs/storageclass.md)")
+	kek := c.String("kek", "", "name of the KEK that is to wrap the key (--kms-uri NAME=…); empty is the first one")
 	discard := c.Bool("discard", false, "let the volume's users discard blocks; the host then sees which are unused")
 	k, done, err := c.keyring(ctx, 1, 1)
 	if err != nil {
 		return err
 	}
 	defer done()
-	spec := dek.Spec{Name: *name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(*integrity), Discard: *discard, IntegrityMode: *mode}
+	spec := dek.Spec{Name: *name, Cipher: dek.CipherXTS, Integrity: dek.Integrity(*integrity), Discard: *discard, IntegrityMode: *mode, KEK: *kek}
 	d, err := k.CreateDEK(ctx, dek.ID(c.Arg(0)), spec)
 	if err != nil {
 		return err

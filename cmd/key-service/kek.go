@@ -23,16 +23,26 @@ import (
 // serving process does it every 6 hours.
 const stale = 14 * 24 * time.Hour
 
-// kek opens the first KEK of the configuration.
+// kek opens the KEK that --kek names, or the first of the configuration.
 func (c *command) kek(ctx context.Context) (*keyconfig.Keys, *kms.KEK, error) {
+	keys, kek, err := c.openedKEK(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	return keys, kek.It, nil
+}
+
+func (c *command) openedKEK(ctx context.Context) (*keyconfig.Keys, *keyconfig.Opened[*kms.KEK], error) {
+	name := c.String("kek", "", "name of the KEK (--kms-uri NAME=…); empty is the first one")
 	keys, err := c.open(ctx, 0, 0)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := keys.KEKs[0].Err; err != nil {
+	kek, err := keys.KEK(*name)
+	if err != nil {
 		return nil, nil, errors.Join(err, keys.Close())
 	}
-	return keys, keys.KEKs[0].It, nil
+	return keys, kek, nil
 }
 
 func kekCreate(ctx context.Context, c *command) error {
@@ -155,17 +165,21 @@ func kekVersions(ctx context.Context, c *command) error {
 }
 
 // references counts the records that refer to each key ID, and closes keys.
-// One record that cannot be read is an error: what it refers to is not known.
+// One record that cannot be read is an error, and one that names a KEK which is
+// not configured: what they need is not known.
 func references(ctx context.Context, keys *keyconfig.Keys) (map[string]int, error) {
 	keyring, err := keys.Keyring(envelope.Options{})
 	if err != nil {
 		return nil, errors.Join(err, keys.Close())
 	}
 	defer func() { _ = errors.Join(keyring.Close(), keys.Close()) }()
-	counts := map[string]int{}
+	counts, names := map[string]int{}, keyring.KEKNames()
 	err = each(ctx, keyring, func(i envelope.Info) error {
 		if i.Err != nil {
 			return fmt.Errorf("it is not known which version is needed by an unreadable %w", i.Err)
+		}
+		if name := i.Spec.KEK; name != "" && len(i.Wraps) > 0 && !slices.Contains(names, name) {
+			return errdefs.Errorf(errdefs.ErrState, "the record of %s names the KEK %q, which is not configured here: name it with --kms-uri %s=…", i.ID, name, name)
 		}
 		for _, id := range keyIDs(i) {
 			counts[id]++
@@ -208,12 +222,7 @@ func kekRetire(ctx context.Context, c *command) error {
 	if err != nil {
 		return err
 	}
-	// The keyring closes what it is made of, so it gets KEKs of its own.
-	more, err := c.keys.Open(ctx, keyconfig.Options{}, c.log)
-	if err != nil {
-		return err
-	}
-	records, err := references(ctx, more)
+	records, err := c.needed(ctx, keys)
 	if err != nil {
 		return err
 	}
@@ -308,7 +317,7 @@ func kekPrune(ctx context.Context, c *command) error {
 	older := c.Duration("older-than", stale, "how long ago the last use must be")
 	destroy := c.Bool("destroy", false, "destroy them instead of disabling them: every volume of those clusters is lost")
 	yes := c.Bool("yes", false, "do it; without, only show what would be done")
-	keys, kek, err := c.kek(ctx)
+	keys, kek, err := c.openedKEK(ctx)
 	if err != nil {
 		return err
 	}
@@ -316,7 +325,11 @@ func kekPrune(ctx context.Context, c *command) error {
 	if *older < 24*time.Hour {
 		return usageError("kek prune: --older-than must be at least 24h: a serving process says every 6 h that a KEK is in use")
 	}
-	list, err := kek.ListKeys(ctx)
+	list, err := kek.It.ListKeys(ctx)
+	if err != nil {
+		return err
+	}
+	records, err := c.needed(ctx, keys)
 	if err != nil {
 		return err
 	}
@@ -346,7 +359,7 @@ func kekPrune(ctx context.Context, c *command) error {
 			fmt.Fprintf(c.stdout, "would be  %s: %s (cluster %s, last use %s)\n", state, k.URI, cmp.Or(k.Labels[kms.LabelCluster], "unknown"), last)
 			continue
 		}
-		if err := c.setWhole(ctx, keys, k.URI, state); err != nil {
+		if err := (pruning{keys, kek, records}).setWhole(ctx, k.URI, state); err != nil {
 			failed = append(failed, err)
 			continue
 		}
@@ -355,9 +368,29 @@ func kekPrune(ctx context.Context, c *command) error {
 	return errors.Join(failed...)
 }
 
+// needed is references, where a store is named; nil where none is.
+func (c *command) needed(ctx context.Context, keys *keyconfig.Keys) (map[string]int, error) {
+	if len(keys.Stores) == 0 {
+		return nil, nil
+	}
+	// The keyring closes what it is made of, so it gets KEKs of its own.
+	more, err := c.keys.Open(ctx, keyconfig.Options{}, c.log)
+	if err != nil {
+		return nil, err
+	}
+	return references(ctx, more)
+}
+
+// pruning is what a run of kek prune knows.
+type pruning struct {
+	keys    *keyconfig.Keys
+	beside  *keyconfig.Opened[*kms.KEK]
+	records map[string]int // that refer to each key ID; nil where no store is named
+}
+
 // setWhole changes all versions of another key in the same place.
-func (c *command) setWhole(ctx context.Context, keys *keyconfig.Keys, uri string, state kms.VersionState) error {
-	other, err := keys.OpenKEK(ctx, uri)
+func (p pruning) setWhole(ctx context.Context, uri string, state kms.VersionState) error {
+	other, err := p.keys.OpenKEK(ctx, uri, p.beside)
 	if err != nil {
 		return err
 	}
@@ -369,6 +402,11 @@ func (c *command) setWhole(ctx context.Context, keys *keyconfig.Keys, uri string
 	}
 	if old, last := isStale(key, 24*time.Hour); !old {
 		return errdefs.Errorf(errdefs.ErrState, "%s is in use again (%s): nothing was done", uri, last)
+	}
+	for _, v := range key.Versions {
+		if n := p.records[v.KeyID]; n > 0 {
+			return errdefs.Errorf(errdefs.ErrState, "%s: %d records refer to its version %s: nothing was done", uri, n, v.KeyID)
+		}
 	}
 	return other.SetVersion(ctx, "", state)
 }

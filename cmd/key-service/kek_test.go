@@ -49,6 +49,19 @@ func TestLifeOfAKEK(t *testing.T) {
 	must(t, with(flags, "dek delete", "d/one"), "would be deleted") // it still opens
 }
 
+// label says when a KEK was last in use.
+func label(t *testing.T, uri string, lastUse time.Time) {
+	t.Helper()
+	kek, err := all.Mux().Open(t.Context(), uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kek.Close()
+	if err := keyconfig.LabelActive(t.Context(), kek, lastUse); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestOneKEKOfAFleet: a key that nobody labels as in use is found and pruned,
 // those in use and those that nobody ever labelled are not.
 func TestOneKEKOfAFleet(t *testing.T) {
@@ -56,14 +69,7 @@ func TestOneKEKOfAFleet(t *testing.T) {
 	at := func(id string, lastUse time.Time) {
 		t.Helper()
 		must(t, with([]string{"--kms-uri", g.URI(id)}, "kek create", "--cluster-id", id))
-		kek, err := all.Mux().Open(t.Context(), g.URI(id))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer kek.Close()
-		if err := keyconfig.LabelActive(t.Context(), kek, lastUse); err != nil {
-			t.Fatal(err)
-		}
+		label(t, g.URI(id), lastUse)
 	}
 	at("ours", time.Now().Add(-30*24*time.Hour))
 	at("gone", time.Now().Add(-30*24*time.Hour))
@@ -156,4 +162,52 @@ func TestKeepAlive(t *testing.T) {
 	if n, err := strconv.ParseInt(key.Labels[kms.LabelActive], 10, 64); err != nil || time.Since(time.Unix(n, 0)) > time.Minute {
 		t.Errorf("labels %v", key.Labels)
 	}
+}
+
+// TestKEKsByName: each verb works on the KEK that --kek names, records go to the
+// one that they name, and nothing is retired or pruned that a record needs.
+func TestKEKsByName(t *testing.T) {
+	g := gcpfake.Start(t)
+	flags := append(localStore(t), "--kms-uri", g.URI("plain"), "--kms-uri", "gold="+g.URI("gold"))
+	must(t, with(flags, "kek create", "--cluster-id", "one"), "cryptoKeys/plain")
+	must(t, with(flags, "kek create", "--kek", "gold", "--cluster-id", "one"), "cryptoKeys/gold")
+	mustFail(t, with(flags, "kek create", "--kek", "lead", "--cluster-id", "one"), `no KEK is named "lead"`)
+	must(t, with(flags, "dek create", "d/plain"), "prepared")
+	must(t, with(flags, "dek create", "--kek", "gold", "d/gold"), "prepared")
+	mustFail(t, with(flags, "dek create", "--kek", "lead", "d/lead"), `no KEK is named "lead"`)
+	must(t, with(flags, "dek list"), `d/gold +prepared .*cryptoKeys/gold/`, `d/plain +prepared .*cryptoKeys/plain/`)
+
+	must(t, with(flags, "kek rotate", "--kek", "gold"), "cryptoKeys/gold/cryptoKeyVersions/2 +enabled, current")
+	must(t, with(flags, "kek versions", "--kek", "gold"), "cryptoKeyVersions/1 +enabled +.*Z +1\n", "cryptoKeyVersions/2 +enabled, current +.*Z +0\n")
+	must(t, with(flags, "kek retire", "--kek", "gold", "--yes"), "keep +.*gold/cryptoKeyVersions/1: 1 records")
+	unnamed := append(slices.Clip(flags[:len(flags)-2]), "--kms-uri", g.URI("gold"))
+	mustFail(t, with(unnamed, "kek retire", "--yes"), `d/gold names the KEK "gold", which is not configured`)
+	mustFail(t, with(unnamed, "rewrap"), `no KEK is named "gold"`, "rewrapped 1 of 2")
+
+	// The first KEK is another now: what names gold stays with gold.
+	turned := append(slices.Clip(flags[:2]), "--kms-uri", "gold="+g.URI("gold"), "--kms-uri", g.URI("plain"))
+	must(t, with(turned, "rewrap"), "rewrapped 2 of 2")
+	must(t, with(turned, "dek list"), `d/gold .*gold/cryptoKeyVersions/2`, `d/plain .*gold/cryptoKeyVersions/2`)
+	must(t, with(flags, "rewrap"), "rewrapped 2 of 2")
+	must(t, with(flags, "dek list"), `d/gold .*gold/cryptoKeyVersions/2`, `d/plain .*plain/cryptoKeyVersions/1`)
+	must(t, with(flags, "kek retire", "--kek", "gold", "--yes"), "disabled +.*gold/cryptoKeyVersions/1")
+	must(t, with(flags, "dek delete", "d/gold"), "would be deleted") // it still opens
+
+	// Long abandoned, as their labels say, and all in one place.
+	for _, id := range []string{"plain", "gold", "needed", "gone"} {
+		if id == "needed" || id == "gone" {
+			must(t, with([]string{"--kms-uri", g.URI(id)}, "kek create", "--cluster-id", id))
+		}
+		label(t, g.URI(id), time.Now().Add(-30*24*time.Hour))
+	}
+	must(t, with(append(slices.Clip(flags), "--kms-uri", "more="+g.URI("needed")), "dek create", "--kek", "more", "d/more"), "prepared")
+	mustFail(t, with(flags, "kek prune", "--yes"), `names the KEK "more", which is not configured`)
+	misnamed := append(slices.Clip(flags), "--kms-uri", "more="+g.URI("plain"))
+	for _, kek := range []string{"", "gold"} {
+		code, out := keyService(t, with(misnamed, "kek prune", "--yes", "--kek", kek)...)
+		if code != 1 || !strings.Contains(out, "1 records refer to its version") || strings.Contains(out, "disabled  "+g.URI("needed")) {
+			t.Errorf("prune beside %q of a KEK that a record needs: exit code %d:\n%s", kek, code, out)
+		}
+	}
+	must(t, with(flags[2:], "kek list"), `(?m)^needed +.* enabled`, `(?m)^gone +.* disabled`, `(?m)^one +.* enabled .*cryptoKeys/gold`, `(?m)^one +.* enabled .*cryptoKeys/plain`)
 }

@@ -21,7 +21,7 @@ func TestMapper(t *testing.T) {
 		Hydration: drivertest.Mapper{Kernel: k},
 		Specs: []dek.Spec{
 			{Cipher: dek.CipherXTS},
-			{Cipher: dek.CipherXTS, Discard: true},
+			{Cipher: dek.CipherXTS, Discard: true, KEK: "gold"},
 			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC},
 			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, IntegrityMode: dek.ModeDirect},
 			{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC, Layout: dek.LayoutClone},

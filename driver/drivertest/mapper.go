@@ -157,7 +157,7 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 	h, found := d.readHeader()
 	under, verified := h.under(key)
 	verified = verified && found
-	h.Spec.Name, h.Spec.Discard = key.Spec.Name, key.Spec.Discard // no disk says them
+	h.Spec.Name, h.Spec.Discard, h.Spec.KEK = key.Spec.Name, key.Spec.Discard, key.Spec.KEK // no disk says them
 	switch {
 	case verified && h.Spec != key.Spec:
 		return refuse("the header says %+v, the record %+v", h.Spec, key.Spec)
@@ -197,7 +197,7 @@ func (d *disk) open(v driver.Volume, key dek.DEK) (header, error) {
 
 // onDisk is what a disk says of a spec.
 func onDisk(s dek.Spec) dek.Spec {
-	s.Name, s.Discard = "", false
+	s.Name, s.Discard, s.KEK = "", false, ""
 	return s
 }
 

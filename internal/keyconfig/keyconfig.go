@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/envelope"
 	"github.com/cryptcsi/cryptcsi/envelope/stores"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -45,7 +46,7 @@ const (
 
 // Add adds the flags.
 func (f *Flags) Add(fs *flag.FlagSet) {
-	fs.Var(&config.List{Items: &f.kms, Kind: uriItem}, "kms-uri", "KEK, e.g. cluster:///etc/cryptcsi/master-secret?salt-file=/etc/cryptcsi/salt; of several the first wraps and all unwrap")
+	fs.Var(&config.List{Items: &f.kms, Kind: uriItem}, "kms-uri", "KEK, e.g. cluster:///etc/cryptcsi/master-secret?salt-file=/etc/cryptcsi/salt; of several the first wraps and all unwrap; NAME=URI gives it a name, and wraps what asks for that KEK")
 	fs.Var(&config.List{Items: &f.kms, Kind: fileItem}, "kms-uri-file", "file that holds a --kms-uri, for a URI with a secret in it; may be repeated")
 	fs.Var(&config.List{Items: &f.storage, Kind: uriItem}, "storage-uri", "store of the wrapped DEKs, e.g. s3://bucket?region=eu-central-1; of several the first gets new ones")
 	fs.Var(&config.List{Items: &f.storage, Kind: fileItem}, "storage-uri-file", "file that holds a --storage-uri; may be repeated")
@@ -83,6 +84,7 @@ func (f *Flags) RecordAuthGiven() bool { return f.recordAuth != "" }
 // Opened is one KEK or store of the configuration: it, or why it did not open.
 type Opened[T any] struct {
 	Name string // its URI without parameters, or where the URI was to come from
+	KEK  string // what NAME= before a KEK's URI gave it; "" is none
 	It   T
 	Err  error
 	uri  string
@@ -127,8 +129,11 @@ func (f *Flags) Open(ctx context.Context, o Options, log *slog.Logger) (*Keys, e
 func (f *Flags) open(ctx context.Context, k *Keys, o Options, log *slog.Logger) {
 	for _, item := range f.kms {
 		kek := open(k, item, "kms", log, func(uri string) (*kms.KEK, error) { return k.mux.OpenWith(ctx, uri, o.KMS) })
-		if kek.It == nil && kek.Err == nil {
+		switch {
+		case kek.It == nil && kek.Err == nil:
 			kek.Err = errdefs.Errorf(errdefs.ErrInvalid, "%s names no KEK", kek.Name)
+		case kek.KEK != "" && k.named(kek.KEK) != nil:
+			kek.Err = errors.Join(kek.Err, errdefs.Errorf(errdefs.ErrInvalid, "%s: another KEK is named %q too", kek.Name, kek.KEK))
 		}
 		k.KEKs = append(k.KEKs, kek)
 	}
@@ -215,6 +220,11 @@ func open[T any](k *Keys, item config.Item, what string, log *slog.Logger, open 
 			return o
 		}
 	}
+	if what == "kms" {
+		if o.KEK, uri, o.Err = cutName(uri); o.Err != nil {
+			return o
+		}
+	}
 	if kms.IsConstellation(uri) {
 		translation, err := kms.FromConstellation(uri)
 		if err != nil {
@@ -237,14 +247,50 @@ func open[T any](k *Keys, item config.Item, what string, log *slog.Logger, open 
 	return o
 }
 
-// OpenKEK opens another KEK in the place of the first one, with its
-// credentials: parameters that uri lacks are taken from there.
-func (k *Keys) OpenKEK(ctx context.Context, uri string) (*kms.KEK, error) {
+// cutName takes NAME= from before a KEK's URI. No URI looks like that: a ':'
+// ends its scheme, before any '='. ErrInvalid for what cannot be a name.
+func cutName(uri string) (name, rest string, err error) {
+	name, rest, ok := strings.Cut(uri, "=")
+	if !ok || strings.Contains(name, ":") {
+		return "", uri, nil
+	}
+	if dek.CheckKEK(name) != nil {
+		return "", "", errdefs.Errorf(errdefs.ErrInvalid, "--kms-uri: what stands before \"=\" is no name of a KEK (1 to 63 lower-case letters, digits and '-', no '-' at the beginning); it is not shown: it may be a secret")
+	}
+	return name, rest, nil
+}
+
+// named returns the KEK of that name; nil where there is none.
+func (k *Keys) named(name string) *Opened[*kms.KEK] {
+	for i := range k.KEKs {
+		if k.KEKs[i].KEK == name {
+			return &k.KEKs[i]
+		}
+	}
+	return nil
+}
+
+// KEK returns the KEK of that name, the first one for "". ErrInvalid where there
+// is none, and the KEK's own error where it did not open.
+func (k *Keys) KEK(name string) (*Opened[*kms.KEK], error) {
+	o := k.named(name)
+	if name == "" {
+		o = &k.KEKs[0]
+	}
+	if o == nil {
+		return nil, errdefs.Errorf(errdefs.ErrInvalid, "no KEK is named %q: name it with --kms-uri %s=…", name, name)
+	}
+	return o, o.Err
+}
+
+// OpenKEK opens another KEK in the place of beside, with its credentials:
+// parameters that uri lacks are taken from there.
+func (k *Keys) OpenKEK(ctx context.Context, uri string, beside *Opened[*kms.KEK]) (*kms.KEK, error) {
 	u, err := kms.ParseURI(uri)
 	if err != nil {
 		return nil, err
 	}
-	own, err := kms.ParseURI(k.KEKs[0].uri)
+	own, err := kms.ParseURI(beside.uri)
 	if err != nil {
 		return nil, err
 	}
@@ -292,6 +338,9 @@ func (k *Keys) Keyring(o envelope.Options) (*envelope.Keyring, error) {
 	var all []envelope.Store
 	for _, o := range k.Stores {
 		all = append(all, o.It)
+	}
+	for _, kek := range k.KEKs {
+		o.KEKNames = append(o.KEKNames, kek.KEK)
 	}
 	o.RecordAuth, o.Grace = k.recordAuth, k.grace
 	keyring, err := envelope.New(keks, all, o)

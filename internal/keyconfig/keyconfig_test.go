@@ -95,6 +95,63 @@ func TestOrder(t *testing.T) {
 	}
 }
 
+// TestNames: a name stands before the URI wherever a URI can stand, and decides
+// which KEK wraps; the first is the default whether it has one or not.
+func TestNames(t *testing.T) {
+	first, second := file(t, strings.Repeat("1", 32)), file(t, strings.Repeat("2", 32))
+	dir := t.TempDir()
+	ring := func(args ...string) *envelope.Keyring {
+		t.Helper()
+		keys, _, err := open(t, append(args, "--storage-uri", "file://"+dir)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := keys.Keyring(envelope.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = k.Close() })
+		return k
+	}
+	both := ring("--kms-uri", "lead=static://"+first, "--kms-uri-file", file(t, "gold=static://"+second+"\n"))
+	if got := both.KEKNames(); !slices.Equal(got, []string{"gold", "lead"}) {
+		t.Errorf("KEKNames = %q", got)
+	}
+	for id, under := range map[dek.ID]string{"d/": first, "d/lead": first, "d/gold": second} {
+		_, name, _ := strings.Cut(string(id), "/")
+		d, err := both.CreateDEK(t.Context(), id+"-1", dek.Spec{Cipher: dek.CipherXTS, KEK: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Wipe()
+		for _, secret := range []string{first, second} {
+			d, err := ring("--kms-uri", "static://"+secret).GetDEK(t.Context(), id+"-1")
+			d.Wipe()
+			if (err == nil) != (secret == under) {
+				t.Errorf("KEK %q: by %s: %v", name, secret, err)
+			}
+		}
+	}
+}
+
+// TestGivenNames: names come along where a process is given its KEKs later.
+func TestGivenNames(t *testing.T) {
+	key := []byte(strings.Repeat("1", 32))
+	keys, err := new(keyconfig.Flags).OpenGiven(t.Context(), []string{"static://{0}", "gold=static://{0}"}, []string{"mem://"}, [][]byte{key}, nil, keyconfig.Options{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keys.Close()
+	k, err := keys.Keyring(envelope.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	if got := k.KEKNames(); !slices.Equal(got, []string{"gold"}) {
+		t.Errorf("KEKNames = %q", got)
+	}
+}
+
 func TestConstellationURIs(t *testing.T) {
 	const master = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 	uri := "kms://cluster-kms?key=" + master + "&salt=ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8="
@@ -130,6 +187,12 @@ func TestRefuses(t *testing.T) {
 		{[]string{"--kms-uri", "nothing://x?y=" + s, "--storage-uri", "mem://"}, `"nothing" is not known`},
 		{[]string{"--kms-uri", kek, "--storage-uri", "nothing://x?y=" + s}, `"nothing" is not known`},
 		{[]string{"--kms-uri", kek}, "store"},
+		{[]string{"--storage-uri", "mem://", "--kms-uri", s + "=" + kek}, "no name of a KEK"},
+		{[]string{"--storage-uri", "mem://", "--kms-uri", "=" + kek}, "no name of a KEK"},
+		{[]string{"--storage-uri", "mem://", "--kms-uri", "gold=" + s}, "has no scheme"},
+		{[]string{"--storage-uri", "mem://", "--kms-uri", "gold=lead=" + kek}, "does not parse"},
+		{[]string{"--storage-uri", "mem://", "--kms-uri", "gold=" + kek, "--kms-uri-file", file(t, "gold="+kek)}, `another KEK is named "gold"`},
+		{[]string{"--kms-uri", kek, "--storage-uri", "gold=mem://"}, "does not parse"},
 		{[]string{"--storage-uri", "mem://"}, "KEK"},
 	} {
 		keys, _, err := open(t, tt.args...)

@@ -46,7 +46,11 @@ func spec() dek.Spec {
 	return dek.Spec{Name: "pvc-1 äöü <&>", Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC}
 }
 
-// Run runs the suite. open opens an empty set of DEKs that lives until t ends.
+// KEK is the name of one of the KEKs behind every set of DEKs that Run opens.
+const KEK = "gold"
+
+// Run runs the suite. open opens an empty set of DEKs that lives until t ends,
+// whose KEKs are one named KEK and no other with a name.
 func Run(t *testing.T, open func(t *testing.T) Keys) {
 	for _, test := range []struct {
 		name string
@@ -68,6 +72,7 @@ func Run(t *testing.T, open func(t *testing.T) Keys) {
 		{"CloneOfWhat", cloneOfWhat},
 		{"CloneOfASnapshot", cloneOfSnapshot},
 		{"Rewrap", rewrap},
+		{"KEKByName", kekByName},
 		{"Delete", deletes},
 		{"Cancelled", cancelled},
 		{"CreateRace", createRace},
@@ -155,6 +160,34 @@ func createTwice(t *testing.T, k Keys) {
 		}
 	}
 	same(t, "after the refusals", get(t, k, id), made)
+}
+
+func kekByName(t *testing.T, k Keys) {
+	named := spec()
+	named.KEK = "silver"
+	_, err := k.CreateDEK(t.Context(), id, named)
+	mustBe(t, "CreateDEK under a KEK that there is not", err, errdefs.ErrInvalid)
+	if text := fmt.Sprint(err); !strings.Contains(text, `"silver"`) || !strings.Contains(text, KEK) {
+		t.Errorf("%v does not say which KEKs there are", err)
+	}
+	_, err = k.GetDEK(t.Context(), id)
+	mustBe(t, "GetDEK after that", err, errdefs.ErrNotFound)
+
+	named.KEK = KEK
+	made, err := k.CreateDEK(t.Context(), id, named)
+	must(t, "CreateDEK", err)
+	t.Cleanup(made.Wipe)
+	same(t, "CreateDEK", made, dek.DEK{ID: id, State: dek.Prepared, Spec: named, Key: made.Key})
+	same(t, "GetDEK", get(t, k, id), made)
+	_, err = k.CreateDEK(t.Context(), id, spec())
+	mustBe(t, "CreateDEK without the name", err, errdefs.ErrExists)
+	must(t, "RewrapDEK", k.RewrapDEK(t.Context(), id))
+	same(t, "GetDEK after RewrapDEK", get(t, k, id), made)
+
+	copied, err := k.CloneDEK(t.Context(), id+"0", spec(), id)
+	must(t, "CloneDEK under another KEK than its source", err)
+	t.Cleanup(copied.Wipe)
+	same(t, "CloneDEK", copied, dek.DEK{ID: id + "0", State: dek.Prepared, Spec: spec(), Source: id, Key: copied.Key})
 }
 
 func oneKeyPerID(t *testing.T, k Keys) {

@@ -561,6 +561,7 @@ type Spec struct {
 	Layout        string                 `protobuf:"bytes,4,opt,name=layout,proto3" json:"layout,omitempty"`
 	Discard       bool                   `protobuf:"varint,5,opt,name=discard,proto3" json:"discard,omitempty"`
 	IntegrityMode string                 `protobuf:"bytes,6,opt,name=integrity_mode,json=integrityMode,proto3" json:"integrity_mode,omitempty"`
+	Kek           string                 `protobuf:"bytes,7,opt,name=kek,proto3" json:"kek,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -633,6 +634,13 @@ func (x *Spec) GetDiscard() bool {
 func (x *Spec) GetIntegrityMode() string {
 	if x != nil {
 		return x.IntegrityMode
+	}
+	return ""
+}
+
+func (x *Spec) GetKek() string {
+	if x != nil {
+		return x.Kek
 	}
 	return ""
 }
@@ -1155,14 +1163,15 @@ const file_api_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x06header\x18\x06 \x01(\v2\x1e.cryptcsi.keyservice.v1.HeaderR\x06header\x12\x1d\n" +
 	"\n" +
 	"sealed_key\x18\a \x01(\fR\tsealedKey\x12'\n" +
-	"\x0fsealed_previous\x18\b \x01(\fR\x0esealedPrevious\"\xa9\x01\n" +
+	"\x0fsealed_previous\x18\b \x01(\fR\x0esealedPrevious\"\xbb\x01\n" +
 	"\x04Spec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06cipher\x18\x02 \x01(\tR\x06cipher\x12\x1c\n" +
 	"\tintegrity\x18\x03 \x01(\tR\tintegrity\x12\x16\n" +
 	"\x06layout\x18\x04 \x01(\tR\x06layout\x12\x18\n" +
 	"\adiscard\x18\x05 \x01(\bR\adiscard\x12%\n" +
-	"\x0eintegrity_mode\x18\x06 \x01(\tR\rintegrityMode\"/\n" +
+	"\x0eintegrity_mode\x18\x06 \x01(\tR\rintegrityMode\x12\x10\n" +
+	"\x03kek\x18\a \x01(\tR\x03kek\"/\n" +
 	"\x05Claim\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04uuid\x18\x02 \x01(\tR\x04uuid\"r\n" +
