@@ -254,14 +254,23 @@ func (k *KEK) fail(ctx context.Context, op string, err error) error {
 	}
 	class := classOf(err)
 	unavailable := errors.Is(class, errdefs.ErrUnavailable)
-	if unavailable && ctx.Err() != nil {
-		return fmt.Errorf("KEK %s: %s: %w", k.name, op, ctx.Err())
+	if ended := over(ctx); unavailable && ended != nil {
+		return fmt.Errorf("KEK %s: %s: %w", k.name, op, ended)
 	}
 	text := k.redact(err)
 	if unavailable && errors.Is(err, context.DeadlineExceeded) && k.timeout > 0 {
 		text = fmt.Sprintf("no answer within %v (%s)", k.timeout, text)
 	}
 	return errdefs.Errorf(class, "KEK %s: %s: %s%s", k.name, op, text, k.needs(op, err))
+}
+
+// over is ctx.Err, also in the moment in which the deadline has come and ctx does
+// not say so yet: a server that was told of it may be quicker.
+func over(ctx context.Context) error {
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		return context.DeadlineExceeded
+	}
+	return ctx.Err()
 }
 
 // redact is err's text without what its URI must not show.
