@@ -438,13 +438,13 @@ func (f fixture) permissions(t *testing.T) {
 	f.createPV(t, pv("less-detached", ebs, "vol-less-detached"))
 	f.createVA(t, va("less", ebs, node1, "less"))
 	config := f.configOf(t, user)
-	all := documentedRules(t)
+	all := peers.DocumentedRules(t, "kube.go", "")
 	for i, rule := range all {
 		for _, verb := range rule.Verbs {
 			if verb == "list" && rule.Resources[0] != "volumeattachments" {
 				continue
 			}
-			rules := documentedRules(t)
+			rules := peers.DocumentedRules(t, "kube.go", "")
 			rules[i].Verbs = slices.DeleteFunc(append(rules[i].Verbs, "deletecollection"), func(v string) bool {
 				return v == verb || verb == "watch" && v == "list" // by which it would go on, if slowly
 			})

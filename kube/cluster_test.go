@@ -2,9 +2,6 @@ package kube_test
 
 import (
 	"context"
-	"go/parser"
-	"go/token"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -13,13 +10,11 @@ import (
 	"github.com/go-logr/logr"
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
-	"sigs.k8s.io/yaml"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/kube"
@@ -39,7 +34,7 @@ const (
 func TestCluster(t *testing.T) {
 	noLeaks(t)
 	f := fixture{peers.Kube(t)}
-	f.AllowCluster(t, keyService, documentedRules(t)...)
+	f.AllowCluster(t, keyService, peers.DocumentedRules(t, "kube.go", "")...)
 	f.nodes(t)
 	f.createPV(t, pv("away", ebs, "vol-away"))
 	f.createVA(t, va("away", ebs, node1, "away"))
@@ -100,25 +95,6 @@ func (f fixture) followAll(t *testing.T) steady {
 	s := steady{a, func() { once.Do(func() { close(stop); <-stopped }) }}
 	t.Cleanup(s.stop)
 	return s
-}
-
-// documentedRules are those of the ClusterRole in the package's comment.
-func documentedRules(t *testing.T) []rbacv1.PolicyRule {
-	t.Helper()
-	file, err := parser.ParseFile(token.NewFileSet(), "kube.go", nil, parser.ParseComments|parser.PackageClauseOnly)
-	must(t, "ParseFile", err)
-	var lines []string
-	for line := range strings.Lines(file.Doc.Text()) {
-		if code, ok := strings.CutPrefix(line, "\t"); ok {
-			lines = append(lines, code)
-		}
-	}
-	var role rbacv1.ClusterRole
-	must(t, "the documented ClusterRole", yaml.UnmarshalStrict([]byte(strings.Join(lines, "")), &role))
-	if len(role.Rules) == 0 {
-		t.Fatal("the documentation has no rules")
-	}
-	return role.Rules
 }
 
 func (f fixture) nodes(t *testing.T) {

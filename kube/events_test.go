@@ -4,9 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"log/slog"
 	"strings"
 	"sync"
@@ -15,11 +12,9 @@ import (
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/klog/v2"
-	"sigs.k8s.io/yaml"
 
 	"github.com/cryptcsi/cryptcsi/kube"
 	"github.com/cryptcsi/cryptcsi/test/peers"
@@ -30,38 +25,13 @@ import (
 func TestNode(t *testing.T) {
 	noLeaks(t)
 	f := fixture{peers.Kube(t)}
-	f.AllowCluster(t, "events", rulesOf(t, "events.go", "Events")...)
-	f.AllowCluster(t, "node", rulesOf(t, "node.go", "Node")...)
+	f.AllowCluster(t, "events", peers.DocumentedRules(t, "events.go", "Events")...)
+	f.AllowCluster(t, "node", peers.DocumentedRules(t, "node.go", "Node")...)
 	t.Run("Taint", f.taint)
 	t.Run("Condition", f.condition)
 	t.Run("Events", f.events)
 	t.Run("EventsForbidden", f.eventsForbidden)
 	t.Run("EventsWithoutServer", f.eventsWithoutServer)
-}
-
-// rulesOf are those in a type's comment.
-func rulesOf(t *testing.T, file, name string) []rbacv1.PolicyRule {
-	t.Helper()
-	parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments)
-	must(t, "ParseFile", err)
-	var lines []string
-	for _, d := range parsed.Decls {
-		g, ok := d.(*ast.GenDecl)
-		if !ok || g.Tok != token.TYPE || g.Specs[0].(*ast.TypeSpec).Name.Name != name {
-			continue
-		}
-		for line := range strings.Lines(g.Doc.Text()) {
-			if code, ok := strings.CutPrefix(line, "\t"); ok {
-				lines = append(lines, code)
-			}
-		}
-	}
-	var role rbacv1.ClusterRole
-	must(t, "the documented rules", yaml.UnmarshalStrict([]byte(strings.Join(lines, "")), &role))
-	if len(role.Rules) == 0 {
-		t.Fatalf("the documentation of %s has no rules", name)
-	}
-	return role.Rules
 }
 
 // journal is a log that can be read meanwhile.

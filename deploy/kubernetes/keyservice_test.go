@@ -2,8 +2,6 @@ package kubernetes_test
 
 import (
 	"fmt"
-	"go/parser"
-	"go/token"
 	"maps"
 	"os"
 	"reflect"
@@ -23,6 +21,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/cryptcsi/cryptcsi/kube"
+	"github.com/cryptcsi/cryptcsi/test/peers"
 )
 
 // byHand is what manifests refer to and must not hold, because it is the user's.
@@ -445,7 +444,7 @@ func TestIdentities(t *testing.T) {
 func TestRules(t *testing.T) {
 	objects := build(t, keyed)
 	roles := slices.DeleteFunc(of[*rbacv1.ClusterRole](objects), func(r *rbacv1.ClusterRole) bool { return r.Name != "cryptcsi-key-service" })
-	if len(roles) != 1 || !reflect.DeepEqual(roles[0].Rules, documented(t)) {
+	if len(roles) != 1 || !reflect.DeepEqual(roles[0].Rules, peers.DocumentedRules(t, "../../kube/kube.go", "")) {
 		t.Errorf("ClusterRoles %+v, want the one that go doc ./kube shows", roles)
 	}
 	store, err := kube.NewSecrets(&rest.Config{Host: "https://127.0.0.1:1"}, "cryptcsi-keys", "")
@@ -522,24 +521,4 @@ func TestMonitored(t *testing.T) {
 			t.Errorf("%s has no port %s", c.Name, port)
 		}
 	}
-}
-
-// documented are the rules in package kube's comment.
-func documented(t *testing.T) []rbacv1.PolicyRule {
-	t.Helper()
-	file, err := parser.ParseFile(token.NewFileSet(), "../../kube/kube.go", nil, parser.ParseComments|parser.PackageClauseOnly)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var lines []string
-	for line := range strings.Lines(file.Doc.Text()) {
-		if code, ok := strings.CutPrefix(line, "\t"); ok {
-			lines = append(lines, code)
-		}
-	}
-	var role rbacv1.ClusterRole
-	if err := yaml.UnmarshalStrict([]byte(strings.Join(lines, "")), &role); err != nil || len(role.Rules) == 0 {
-		t.Fatalf("package kube's ClusterRole: %v", err)
-	}
-	return role.Rules
 }

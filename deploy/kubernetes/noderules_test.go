@@ -1,16 +1,13 @@
 package kubernetes_test
 
 import (
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"reflect"
-	"strings"
 	"testing"
 
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
-	"sigs.k8s.io/yaml"
+
+	"github.com/cryptcsi/cryptcsi/test/peers"
 )
 
 // TestNodeRules: a node talks to the API server only with the components that
@@ -19,8 +16,8 @@ func TestNodeRules(t *testing.T) {
 	const account = "cryptcsi-node"
 	for dir, want := range map[string]map[string][]rbacv1.PolicyRule{
 		keyed:                    {},
-		"examples/hostpath":      {"cryptcsi-node-events": documentedOf(t, "events.go", "Events")},
-		"examples/startup-taint": {"cryptcsi-node-events": documentedOf(t, "events.go", "Events"), "cryptcsi-node-startup": documentedOf(t, "node.go", "Node")},
+		"examples/hostpath":      {"cryptcsi-node-events": peers.DocumentedRules(t, "../../kube/events.go", "Events")},
+		"examples/startup-taint": {"cryptcsi-node-events": peers.DocumentedRules(t, "../../kube/events.go", "Events"), "cryptcsi-node-startup": peers.DocumentedRules(t, "../../kube/node.go", "Node")},
 	} {
 		objects := build(t, dir)
 		if got := *daemonSet(t, dir).Spec.Template.Spec.AutomountServiceAccountToken; got != (len(want) > 0) {
@@ -59,30 +56,4 @@ func TestNodeRules(t *testing.T) {
 			}
 		}
 	}
-}
-
-// documentedOf are the rules in the comment of a type of package kube.
-func documentedOf(t *testing.T, file, name string) []rbacv1.PolicyRule {
-	t.Helper()
-	parsed, err := parser.ParseFile(token.NewFileSet(), "../../kube/"+file, nil, parser.ParseComments)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var lines []string
-	for _, d := range parsed.Decls {
-		g, ok := d.(*ast.GenDecl)
-		if !ok || g.Tok != token.TYPE || g.Specs[0].(*ast.TypeSpec).Name.Name != name {
-			continue
-		}
-		for line := range strings.Lines(g.Doc.Text()) {
-			if code, ok := strings.CutPrefix(line, "\t"); ok {
-				lines = append(lines, code)
-			}
-		}
-	}
-	var role rbacv1.ClusterRole
-	if err := yaml.UnmarshalStrict([]byte(strings.Join(lines, "")), &role); err != nil || len(role.Rules) == 0 {
-		t.Fatalf("the rules of %s: %v", name, err)
-	}
-	return role.Rules
 }
