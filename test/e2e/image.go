@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"crypto/sha256"
-	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -17,6 +16,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+
+	"github.com/cryptcsi/cryptcsi/test/libraries"
 )
 
 // layer is a set of files: where each is in the image, and where it is taken
@@ -187,23 +188,9 @@ func (l layer) add(name, source string) error {
 		source = real
 	}
 	l[name] = source
-	f, err := elf.Open(source)
-	if err != nil { // a script, which needs a shell that others bring
-		return nil //nolint:nilerr // see above
-	}
-	defer f.Close()
-	needed, err := f.ImportedLibraries()
+	needed, err := libraries.Needed(source)
 	if err != nil {
 		return err
-	}
-	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			text, err := io.ReadAll(p.Open())
-			if err != nil {
-				return err
-			}
-			needed = append(needed, strings.TrimRight(string(text), "\x00"))
-		}
 	}
 	for _, lib := range needed {
 		path, err := findLibrary(lib)
@@ -221,7 +208,7 @@ func findLibrary(name string) (string, error) {
 	if filepath.IsAbs(name) {
 		return name, nil
 	}
-	for _, dir := range []string{"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu"} {
+	for _, dir := range libraries.Folders() {
 		path := filepath.Join(dir, name)
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			return path, err

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/cryptcsi/cryptcsi/test/libraries"
 )
 
 // image is what one is made of besides the architecture.
@@ -138,7 +140,7 @@ func (b builder) platform(o layout, i image, arch string) (descriptor, error) {
 		programs, ours["/usr/bin/"+p] = append(programs, from), file{from: from}
 		err = errors.Join(err, t.addNeeded(debian, from))
 	}
-	for _, names := range []struct{ all, folders []string }{{i.tools, programFolders()}, {i.libraries, libraryFolders()}} {
+	for _, names := range []struct{ all, folders []string }{{i.tools, programFolders()}, {i.libraries, libraries.Folders()}} {
 		for _, name := range names.all {
 			path, findErr := t.find(name, names.folders)
 			if err = errors.Join(err, findErr); findErr == nil {

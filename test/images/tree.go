@@ -2,10 +2,8 @@ package main
 
 import (
 	"bufio"
-	"debug/elf"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -13,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/cryptcsi/cryptcsi/test/libraries"
 )
 
 // tree is Debian's packages for one architecture, unpacked by test/install.sh.
@@ -55,15 +55,6 @@ func (t *tree) find(name string, folders []string) (string, error) {
 
 func programFolders() []string { return []string{"/usr/sbin", "/usr/bin", "/sbin", "/bin"} }
 
-// libraryFolders are those where the dynamic loader looks by itself.
-func libraryFolders() []string {
-	var all []string
-	for _, triple := range []string{"x86_64-linux-gnu", "aarch64-linux-gnu"} {
-		all = append(all, "/lib/"+triple, "/usr/lib/"+triple)
-	}
-	return all
-}
-
 // add puts a file of the tree into a layer, with what a link leads to and with
 // the libraries that a program needs.
 func (t *tree) add(l layer, name string) error {
@@ -92,26 +83,12 @@ func (t *tree) add(l layer, name string) error {
 // addNeeded puts the libraries and the loader of a program, which may be none of
 // the tree's, into a layer.
 func (t *tree) addNeeded(l layer, program string) error {
-	f, err := elf.Open(program)
-	if err != nil {
-		return nil //nolint:nilerr // a script or a text
-	}
-	defer f.Close()
-	needed, err := f.ImportedLibraries()
+	needed, err := libraries.Needed(program)
 	if err != nil {
 		return err
 	}
-	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			text, err := io.ReadAll(p.Open())
-			if err != nil {
-				return err
-			}
-			needed = append(needed, strings.TrimRight(string(text), "\x00"))
-		}
-	}
 	for _, lib := range needed {
-		name, err := t.find(lib, libraryFolders())
+		name, err := t.find(lib, libraries.Folders())
 		if err != nil {
 			return fmt.Errorf("%s: %w", program, err)
 		}
