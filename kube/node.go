@@ -3,8 +3,6 @@ package kube
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -59,18 +57,7 @@ func NewNode(config *rest.Config, name string) (*Node, error) {
 // RemoveTaint removes every taint with that key, and no other. False where there
 // was none.
 func (n *Node) RemoveTaint(ctx context.Context, key string) (bool, error) {
-	for attempt := range noteAttempts {
-		removed, err := n.tryRemove(ctx, key)
-		if !errors.Is(err, errdefs.ErrConflict) {
-			return removed, err
-		}
-		select {
-		case <-time.After(rand.N(time.Duration(attempt+1) * 5 * time.Millisecond)):
-		case <-ctx.Done():
-			return false, ctx.Err()
-		}
-	}
-	return false, errdefs.Errorf(errdefs.ErrUnavailable, "node %s is changed by others all the time: call again later", n.name)
+	return settled(ctx, "node "+n.name, func() (bool, error) { return n.tryRemove(ctx, key) })
 }
 
 // tryRemove is ErrConflict where the node was changed between reading and writing.

@@ -21,7 +21,7 @@ import (
 // "<header's UUID>:<sequence>", the sequence decimal.
 const AnnotationFormatted = "cryptcsi.io/formatted"
 
-const noteAttempts = 30 // to change a PersistentVolume that others change
+const attempts = 30 // to change an object that others change
 
 // Notes keeps the floor of a volume's header on its PersistentVolume, in
 // AnnotationFormatted. A note is what the API server says, which is trusted,
@@ -97,8 +97,14 @@ func (n *Notes) Confirm(ctx context.Context, id dek.ID, h dek.HeaderID) (bool, e
 
 // raise raises one PersistentVolume's note; false where it is gone.
 func (n *Notes) raise(ctx context.Context, name string, id dek.ID, h dek.HeaderID) (bool, error) {
-	for attempt := range noteAttempts {
-		ok, err := n.tryRaise(ctx, name, id, h)
+	return settled(ctx, "PersistentVolume "+name, func() (bool, error) { return n.tryRaise(ctx, name, id, h) })
+}
+
+// settled repeats a change of something that others change too until it is not
+// ErrConflict, for a while; then it is ErrUnavailable.
+func settled(ctx context.Context, what string, try func() (bool, error)) (bool, error) {
+	for attempt := range attempts {
+		ok, err := try()
 		if !errors.Is(err, errdefs.ErrConflict) {
 			return ok, err
 		}
@@ -108,7 +114,7 @@ func (n *Notes) raise(ctx context.Context, name string, id dek.ID, h dek.HeaderI
 			return false, ctx.Err()
 		}
 	}
-	return false, errdefs.Errorf(errdefs.ErrUnavailable, "PersistentVolume %s is changed by others all the time: call again later", name)
+	return false, errdefs.Errorf(errdefs.ErrUnavailable, "%s is changed by others all the time: call again later", what)
 }
 
 // tryRaise is ErrConflict where the volume was changed between reading and writing.
