@@ -94,7 +94,7 @@ func (c *cache) get(of wrapOf, w wrappedV1) (opened, bool) {
 	c.stats.Hits++
 	hit := e.Value.(*cached)
 	key := secret.New(dek.Size)
-	copy(key.Expose(), c.at(hit.place))
+	key.Set(c.at(hit.place))
 	return opened{key, hit.kek}, true
 }
 
@@ -114,7 +114,7 @@ func (c *cache) put(of wrapOf, w wrappedV1, o opened) {
 	}
 	place := c.free[len(c.free)-1]
 	c.free = c.free[:len(c.free)-1]
-	copy(c.at(place), o.key.Expose())
+	secret.Do(func() { copy(c.at(place), o.key.Expose()) })
 	c.entries[of] = c.byAge.PushBack(&cached{of: of, sum: sumOf(w), kek: o.kek, place: place, expires: time.Now().Add(c.ttl)})
 }
 

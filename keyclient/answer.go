@@ -96,7 +96,8 @@ func (r recipient) open(field string, id dek.ID, b []byte) (secret.Bytes, error)
 	if err != nil {
 		return secret.Bytes{}, corrupt("the field %s was not sealed to anybody: %w", field, err)
 	}
-	key, err := opener.Open([]byte(field+"\x00"+string(id)), b[encapsulated:])
+	var key []byte
+	secret.Do(func() { key, err = opener.Open([]byte(field+"\x00"+string(id)), b[encapsulated:]) })
 	if err != nil {
 		return secret.Bytes{}, corrupt("the field %s was not sealed to us for DEK %s, or was changed on the way", field, id)
 	}

@@ -37,7 +37,8 @@ func sealTo(to hpke.PublicKey, field string, id dek.ID, key secret.Bytes) ([]byt
 		// Of 32 bytes that look like a key, those of a small-order point are none.
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "the recipient is not a usable public key")
 	}
-	ct, err := sender.Seal([]byte(field+"\x00"+string(id)), key.Expose())
+	var ct []byte
+	secret.Do(func() { ct, err = sender.Seal([]byte(field+"\x00"+string(id)), key.Expose()) })
 	if err != nil {
 		return nil, err
 	}

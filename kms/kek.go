@@ -103,8 +103,10 @@ func (k *KEK) Wrap(ctx context.Context, id string, key secret.Bytes) (Wrapped, e
 	bound := secret.New(sha256.Size + KeySize)
 	defer bound.Wipe()
 	digest := sha256.Sum256([]byte(id))
-	copy(bound.Expose(), digest[:])
-	copy(bound.Expose()[sha256.Size:], key.Expose())
+	secret.Do(func() {
+		copy(bound.Expose(), digest[:])
+		copy(bound.Expose()[sha256.Size:], key.Expose())
+	})
 
 	var w Wrapped
 	err := k.call(ctx, OpWrap, func(ctx context.Context) (err error) {

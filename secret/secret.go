@@ -70,8 +70,10 @@ func allocate(n int) (Bytes, error) {
 // Take moves b into a Bytes and wipes b.
 func Take(b []byte) Bytes {
 	s := New(len(b))
-	copy(s.Expose(), b)
-	clear(b)
+	Do(func() {
+		copy(s.Expose(), b)
+		clear(b)
+	})
 	return s
 }
 
@@ -126,9 +128,12 @@ func (b Bytes) Len() int { return len(b.Expose()) }
 // Clone returns a copy with an owner of its own.
 func (b Bytes) Clone() Bytes {
 	c := New(b.Len())
-	copy(c.Expose(), b.Expose())
+	c.Set(b.Expose())
 	return c
 }
+
+// Set copies from into b, as far as the shorter of both goes.
+func (b Bytes) Set(from []byte) { Do(func() { copy(b.Expose(), from) }) }
 
 // Equal compares in constant time.
 func (b Bytes) Equal(other Bytes) bool {

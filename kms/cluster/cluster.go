@@ -188,7 +188,9 @@ func (p *pair) aead() (cipher.AEAD, error) {
 	if p.wrapKey.Len() == 0 {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "the wrapping key was wiped: the KEK is closed")
 	}
-	block, err := aes.NewCipher(p.wrapKey.Expose())
+	var block cipher.Block
+	var err error
+	secret.Do(func() { block, err = aes.NewCipher(p.wrapKey.Expose()) })
 	if err != nil {
 		return nil, err
 	}
@@ -207,11 +209,9 @@ func (b *Backend) Wrap(_ context.Context, plaintext, aad []byte) (kms.Wrapped, e
 	if err != nil {
 		return kms.Wrapped{}, err
 	}
-	return kms.Wrapped{
-		Ciphertext: aead.Seal(nil, nil, plaintext, aad),
-		KeyID:      b.current.keyID,
-		Mechanism:  Mechanism,
-	}, nil
+	w := kms.Wrapped{KeyID: b.current.keyID, Mechanism: Mechanism}
+	secret.Do(func() { w.Ciphertext = aead.Seal(nil, nil, plaintext, aad) })
+	return w, nil
 }
 
 // Unwrap unwraps with the pair that w's key ID names.
@@ -230,7 +230,8 @@ func (b *Backend) Unwrap(_ context.Context, w kms.Wrapped, aad []byte) ([]byte, 
 	if err != nil {
 		return nil, err
 	}
-	plaintext, err := aead.Open(nil, nil, w.Ciphertext, aad)
+	var plaintext []byte
+	secret.Do(func() { plaintext, err = aead.Open(nil, nil, w.Ciphertext, aad) })
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the wrapped key does not verify for this ID: it was damaged, or moved from another ID")
 	}

@@ -389,7 +389,9 @@ func (b *Backend) seal(ctx context.Context, id string, plaintext, aad []byte) ([
 	}
 	iv := make([]byte, ivSize, ivSize+len(plaintext)+tagSize)
 	_, _ = rand.Read(iv)
-	return aead.Seal(iv, iv, plaintext, aad), nil
+	var c []byte
+	secret.Do(func() { c = aead.Seal(iv, iv, plaintext, aad) })
+	return c, nil
 }
 
 // open is decrypt with the KEK in our hands.
@@ -398,7 +400,8 @@ func (b *Backend) open(ctx context.Context, id string, c, aad []byte) ([]byte, e
 	if err != nil {
 		return nil, err
 	}
-	plaintext, err := aead.Open(nil, c[:ivSize], c[ivSize:], aad)
+	var plaintext []byte
+	secret.Do(func() { plaintext, err = aead.Open(nil, c[:ivSize], c[ivSize:], aad) })
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the wrapped key does not verify for this ID: it was damaged, or moved from another ID")
 	}
@@ -430,7 +433,8 @@ func (b *Backend) export(ctx context.Context, id string) (cipher.AEAD, error) {
 	case err != nil || !v.aes256 || kek.Len() != 32:
 		return nil, errdefs.Errorf(errdefs.ErrState, "the server gave something else than a raw AES-256 key for %s", id)
 	}
-	block, err := aes.NewCipher(kek.Expose())
+	var block cipher.Block
+	secret.Do(func() { block, err = aes.NewCipher(kek.Expose()) })
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,4 @@
+package secret
+
+// clearRegisters clears the vector registers.
+func clearRegisters()
