@@ -72,6 +72,7 @@ func (s *staging) stageMapping(ctx context.Context, path string) error {
 	}
 	publishContext[s.wrapped.profile.DeviceKey] = path
 	capability := proto.CloneOf(s.req.GetVolumeCapability())
+	s.wrapped.profile.setNodeMode(capability, s.caps)
 	capability.GetMount().FsType = s.want.FSType // without Constellation's suffix
 	if m := capability.GetMount(); s.want.ReadOnly && !slices.Contains(m.MountFlags, "ro") {
 		m.MountFlags = append(m.MountFlags, "ro")

@@ -81,16 +81,21 @@ func TestHandingOver(t *testing.T) {
 		},
 		"forgetful":     func(m *machine) { m.wrapped.Forgets = true },
 		"without multi": func(m *machine) { m.wrapped.NoMulti = true },
+		"publish without multi": func(m *machine) {
+			m.wrapped.NoStage = true
+			m.wrapped.NoMulti = true
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
 			m.cfg.StageWith = driver.StageWithWrapped
 			setup(m)
 			m.start()
-			for range 2 {
-				m.ok("stage", m.stage(mountCap("xfs")))
-				m.ok("stage again", m.stage(mountCap("xfs")))
-				m.ok("publish", m.publish(mountCap("xfs"), "a", false))
+			for _, mode := range []csi.VolumeCapability_AccessMode_Mode{csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER, singleWriter} {
+				as := func() *csi.VolumeCapability { return capability(mode, mountCap("xfs")) }
+				m.ok("stage", m.stage(as()))
+				m.ok("stage again", m.stage(as()))
+				m.ok("publish", m.publish(as(), "a", false))
 				if m.count("Make")+m.count("Mount") > 2 { // binds for the pod
 					t.Errorf("the proxy made or mounted the filesystem itself: %v", m.faults.Trace())
 				}

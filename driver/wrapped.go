@@ -184,13 +184,7 @@ func (d *Driver) borrow(ctx context.Context, v volume, req *csi.NodeStageVolumeR
 func (p Profile) asBlock(c *csi.VolumeCapability, caps nodeCapabilities) *csi.VolumeCapability {
 	block := proto.CloneOf(c)
 	makeBlock(block)
-	p.setMode(block)
-	if !caps.has(csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER) {
-		switch block.GetAccessMode().GetMode() {
-		case csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER, csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:
-			block.AccessMode.Mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
-		}
-	}
+	p.setNodeMode(block, caps)
 	return block
 }
 
@@ -204,6 +198,21 @@ func makeBlock(c *csi.VolumeCapability) {
 func (p Profile) setMode(c *csi.VolumeCapability) {
 	if many, _ := multiNode(c.GetAccessMode().GetMode().String()); p.SingleWriter && !many && c.GetAccessMode() != nil {
 		c.AccessMode.Mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
+	}
+}
+
+// setNodeMode is setMode for the driver's node side. A single writer is not
+// shown as one: the driver could take the place to which it publishes the device
+// for that writer, and refuse the mapping that is handed to it. That there is
+// only one is seen to where pods get the volume.
+func (p Profile) setNodeMode(c *csi.VolumeCapability, caps nodeCapabilities) {
+	p.setMode(c)
+	switch c.GetAccessMode().GetMode() {
+	case csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER, csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER:
+		c.AccessMode.Mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
+		if caps.has(csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER) {
+			c.AccessMode.Mode = csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER
+		}
 	}
 }
 

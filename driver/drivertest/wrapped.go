@@ -315,6 +315,13 @@ func (w *Wrapped) NodePublishVolume(ctx context.Context, req *csi.NodePublishVol
 	if _, ok := d.stages[req.GetStagingTargetPath()]; !ok && !w.NoStage {
 		return nil, errdefs.Errorf(errdefs.ErrState, "not staged at %q", req.GetStagingTargetPath())
 	}
+	if req.GetVolumeCapability().GetAccessMode().GetMode() == csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER {
+		for other := range d.targets {
+			if other != target {
+				return nil, errdefs.Errorf(errdefs.ErrState, "the single writer of the volume is at %s", other)
+			}
+		}
+	}
 	switch {
 	case kind == "mount": // without NodeStageVolume only: this driver is always asked for block volumes
 		err = w.mountDevice(ctx, d, req.GetPublishContext(), target, req.GetVolumeCapability())

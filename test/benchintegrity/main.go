@@ -29,7 +29,7 @@ import (
 func main() {
 	rounds := flag.Int("rounds", 9, "how often each comparison is made")
 	length := flag.Duration("time", time.Second, "how long a workload runs")
-	size := flag.Int64("size", 512, "MiB of the volumes whose speed is measured")
+	size := flag.Int64("size", 256, "MiB of the volumes whose speed is measured")
 	sizes := flag.String("sizes", "1,16,64,256", "GiB of the new volumes")
 	parts := flag.String("parts", "ready,speed,staging,during,flags,choices,regions,area", "what to measure")
 	disk := flag.String("disk", "", "a blank `device`, which is overwritten: for the part whole, which is not measured unless asked for")
