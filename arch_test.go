@@ -229,7 +229,7 @@ func linkRules() map[string]link {
 		// Every package in it can read the DEK, and a small program starts fast.
 		"cmd/crypt-worker": {only: []string{
 			module + "/cmd/crypt-worker", module + "/cryptmapper/...", module + "/dek", module + "/secret", module + "/errdefs",
-			"github.com/martinjungblut/go-cryptsetup", "golang.org/x/sys/unix",
+			"github.com/martinjungblut/go-cryptsetup", "golang.org/x/sys/unix", "golang.org/x/sys/cpu",
 		}},
 	}
 }
