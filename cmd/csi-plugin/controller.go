@@ -7,6 +7,7 @@ import (
 
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
@@ -41,7 +42,7 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 	if f.file.Check {
 		return f.tryKeys(ctx, log, stderr)
 	}
-	log.Info("csi-plugin controller starts", "version", version, "commit", commit, "kms", strings.Join(schemes(), ","))
+	log.Info("csi-plugin controller starts", "version", version, "commit", commit, "kms", strings.Join(all.Usable(), ","))
 	if err := secret.Harden(); err != nil {
 		return err
 	}
@@ -68,7 +69,7 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 	defer cancel()
 	c, err := driver.NewController(starting, driver.ControllerConfig{
 		DriverName: f.driverName, Wrapped: conn, Profile: f.profileGiven(), Keys: keys, KEKs: keks, Plaintext: plaintext, Logger: log,
-		Version: version, Manifest: map[string]string{"commit": commit, "kms": strings.Join(schemes(), ",")},
+		Version: version, Manifest: map[string]string{"commit": commit, "kms": strings.Join(all.Usable(), ",")},
 	})
 	if err != nil {
 		return err

@@ -8,12 +8,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -146,11 +144,9 @@ func printVersion(ctx context.Context, args []string, stdout, stderr io.Writer) 
 	if err != nil {
 		library = "unknown (" + err.Error() + ")"
 	}
-	fmt.Fprintf(stdout, "csi-plugin %s, commit %s, libcryptsetup %s, KMS: %s\n", version, commit, library, strings.Join(schemes(), ", "))
+	fmt.Fprintf(stdout, "csi-plugin %s, commit %s, libcryptsetup %s, KMS: %s\n", version, commit, library, strings.Join(all.Usable(), ", "))
 	return nil
 }
-
-func schemes() []string { return slices.Sorted(maps.Keys(all.Mux())) }
 
 // libcryptsetup asks the worker which library it runs with: a worker that
 // cannot run is found out before a volume needs it. Both programs must come

@@ -21,6 +21,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
 	"github.com/cryptcsi/cryptcsi/keyclient"
+	"github.com/cryptcsi/cryptcsi/kms/all"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
@@ -95,7 +96,7 @@ func node(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	log.Info("csi-plugin node starts", "version", version, "commit", commit, "libcryptsetup", library, "kms", strings.Join(schemes(), ","))
+	log.Info("csi-plugin node starts", "version", version, "commit", commit, "libcryptsetup", library, "kms", strings.Join(all.Usable(), ","))
 	cluster, err := f.kubernetes.open(f.nodeName, log)
 	if err != nil {
 		return err
@@ -219,7 +220,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 		ObserveStep:     seen.stageStep, ObserveFinish: seen.finished,
 		Failures: cryptmapper.WatchIntegrity, ObserveFailure: seen.failures.Inc, Events: events,
 		Version:  version,
-		Manifest: map[string]string{"commit": commit, "libcryptsetup": library, "kms": strings.Join(schemes(), ",")},
+		Manifest: map[string]string{"commit": commit, "libcryptsetup": library, "kms": strings.Join(all.Usable(), ",")},
 		Logger:   log,
 	})
 	if err != nil {

@@ -232,6 +232,6 @@ func printVersion(_ context.Context, c *command) error {
 		return err
 	}
 	fmt.Fprintf(c.stdout, "key-service %s, commit %s, KMS: %s, stores: %s\n", version, commit,
-		strings.Join(slices.Sorted(maps.Keys(all.Mux())), ", "), strings.Join(slices.Sorted(maps.Keys(stores.Mux())), ", "))
+		strings.Join(all.Usable(), ", "), strings.Join(slices.Sorted(maps.Keys(stores.Mux())), ", "))
 	return nil
 }

@@ -2,6 +2,9 @@
 package all
 
 import (
+	"maps"
+	"slices"
+
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/awskms"
 	"github.com/cryptcsi/cryptcsi/kms/azurekeyvault"
@@ -12,6 +15,15 @@ import (
 	"github.com/cryptcsi/cryptcsi/kms/static"
 	"github.com/cryptcsi/cryptcsi/kms/transit"
 )
+
+// Usable returns the schemes of which this build can open a KEK, sorted.
+func Usable() []string {
+	schemes := Mux()
+	if !pkcs11.Built {
+		delete(schemes, pkcs11.Scheme)
+	}
+	return slices.Sorted(maps.Keys(schemes))
+}
 
 // Mux returns the list. Every call gives a map of its own.
 func Mux() kms.Mux {

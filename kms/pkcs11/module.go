@@ -26,6 +26,9 @@ const (
 	maxPause = time.Minute
 )
 
+// Built is whether this build can load modules: it was made with cgo.
+const Built = true
+
 // shared is what all KEKs of a process have in common.
 type shared struct {
 	mu      sync.Mutex
