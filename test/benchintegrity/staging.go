@@ -89,6 +89,9 @@ func (b *bench) stagingTime(s *stack.Stack) error {
 // one that it has finished, and with one that is as new and that csi-plugin,
 // being stopped, leaves alone.
 func (b *bench) duringHydration(s *stack.Stack) error {
+	// Twice the size: it must not be hydrated before the workload is over.
+	defer func(was int64) { b.size = was }(b.size)
+	b.size *= 2
 	done, err := b.raw(s, "done")
 	if err != nil {
 		return err
