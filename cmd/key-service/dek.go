@@ -65,7 +65,7 @@ func dekList(ctx context.Context, c *command) error {
 	}
 	defer done()
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "DEK ID\tSTATE\tINTEGRITY\tCLAIM\tCREATED\tUPDATED\tKEY ID")
+	fmt.Fprintln(w, "DEK ID\tSTATE\tINTEGRITY\tCLAIM\tCREATED\tUPDATED\tKEK\tKEY ID")
 	bad := 0
 	err = each(ctx, k, func(i envelope.Info) error {
 		if i.Err != nil {
@@ -77,8 +77,8 @@ func dekList(ctx context.Context, c *command) error {
 		if !i.Expires.IsZero() {
 			state += " until " + moment(i.Expires)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.ID, state, cmp.Or(string(i.Spec.Integrity), "-"), cmp.Or(i.Node, "-"),
-			moment(i.Created), moment(i.Updated), cmp.Or(strings.Join(keyIDs(i), " "), "-"))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.ID, state, cmp.Or(string(i.Spec.Integrity), "-"), cmp.Or(i.Node, "-"),
+			moment(i.Created), moment(i.Updated), cmp.Or(i.Spec.KEK, "-"), cmp.Or(strings.Join(keyIDs(i), " "), "-"))
 		return nil
 	})
 	if err := errors.Join(err, w.Flush()); err != nil {

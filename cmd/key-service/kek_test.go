@@ -175,7 +175,7 @@ func TestKEKsByName(t *testing.T) {
 	must(t, with(flags, "dek create", "d/plain"), "prepared")
 	must(t, with(flags, "dek create", "--kek", "gold", "d/gold"), "prepared")
 	mustFail(t, with(flags, "dek create", "--kek", "lead", "d/lead"), `no KEK is named "lead"`)
-	must(t, with(flags, "dek list"), `d/gold +prepared .*cryptoKeys/gold/`, `d/plain +prepared .*cryptoKeys/plain/`)
+	must(t, with(flags, "dek list"), `d/gold +prepared .* gold +.*cryptoKeys/gold/`, `d/plain +prepared .* - +.*cryptoKeys/plain/`)
 
 	must(t, with(flags, "kek rotate", "--kek", "gold"), "cryptoKeys/gold/cryptoKeyVersions/2 +enabled, current")
 	must(t, with(flags, "kek versions", "--kek", "gold"), "cryptoKeyVersions/1 +enabled +.*Z +1\n", "cryptoKeyVersions/2 +enabled, current +.*Z +0\n")
