@@ -139,11 +139,22 @@ func readParameters(all map[string]string) (class, error) {
 			}
 		case strings.HasPrefix(key, KeyPrefix):
 			return invalid("%s is not known: there are %s", key, strings.Join(slices.Sorted(maps.Keys(ownParameters)), ", "))
-		case strings.Contains(strings.ToLower(key), "cryptcsi"):
-			return invalid("%s is not ours, though it looks so: ours begin with %s", key, KeyPrefix)
 		}
 	}
+	if err := checkSpelling(c.rest); err != nil {
+		return invalid("%w", err)
+	}
 	return c, nil
+}
+
+// checkSpelling refuses what was to be one of our keys, among those that are not.
+func checkSpelling(foreign map[string]string) error {
+	for key := range foreign {
+		if strings.Contains(strings.ToLower(key), "cryptcsi") {
+			return errdefs.Errorf(errdefs.ErrInvalid, "%s is not ours, though it looks so: ours begin with %s", key, KeyPrefix)
+		}
+	}
+	return nil
 }
 
 // spec is what a volume of that class has to be, without its name; byType says

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -139,10 +138,8 @@ func (d *Driver) askedIntegrity(byType bool, volumeContext map[string]string) (d
 			return invalid("%s is not known to this version; it may ask for protection that would not be given", key)
 		}
 	}
-	for key := range volumeContext {
-		if strings.HasPrefix(strings.ToLower(key), "cryptcsi") && !strings.HasPrefix(key, KeyPrefix) {
-			return invalid("%s is not ours, though it looks so: ours begin with %s", key, KeyPrefix)
-		}
+	if err := checkSpelling(foreign(volumeContext)); err != nil {
+		return "", err
 	}
 	if asked != dek.IntegrityNone && d.cfg.Integrity == IntegrityOff {
 		return invalid("the volume asks for integrity, which this node does not offer (integrity policy %q)", IntegrityOff)
