@@ -42,7 +42,6 @@ package envelope
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
@@ -268,14 +267,13 @@ func (k *Keyring) create(ctx context.Context, id dek.ID, spec dek.Spec, source d
 			return fmt.Errorf("its source, DEK %s: %w", source, err)
 		}
 	}
-	key, err := secret.Read(rand.Reader, dek.Size)
+	key := secret.Random(dek.Size)
+	defer key.Wipe()
+	wrapped, err := k.wrap(ctx, r, key)
 	if err != nil {
 		return err
 	}
-	defer key.Wipe()
-	if r.Wrapped, err = k.wrap(ctx, r, key); err != nil {
-		return err
-	}
+	r.Wrapped = wrapped
 	data, err := r.encode(key, k.auth)
 	if err != nil {
 		return err

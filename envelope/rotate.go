@@ -2,7 +2,6 @@ package envelope
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"strings"
@@ -53,10 +52,7 @@ func (k *Keyring) startRotation(ctx context.Context, r *record, at place) error 
 		return err
 	}
 	old.key.Wipe()
-	key, err := secret.Read(rand.Reader, dek.Size)
-	if err != nil {
-		return err
-	}
+	key := secret.Random(dek.Size)
 	defer key.Wipe()
 	r.Previous = r.Wrapped
 	if r.Wrapped, err = k.wrap(ctx, r, key); err != nil {

@@ -4,7 +4,6 @@ package secret_test
 
 import (
 	"bytes"
-	"crypto/rand"
 	"fmt"
 	"os"
 	"runtime"
@@ -21,10 +20,7 @@ import (
 // TestDoLeavesNothing copies a key while signals arrive all the time, and then
 // looks for it in all memory of this process. Without Do it is found.
 func TestDoLeavesNothing(t *testing.T) {
-	key, err := secret.Read(rand.Reader, 32)
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := secret.Random(32)
 	defer key.Wipe()
 	own := secret.New(32)
 	defer own.Wipe()

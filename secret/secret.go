@@ -3,6 +3,7 @@
 package secret
 
 import (
+	"crypto/rand"
 	"crypto/subtle"
 	"encoding/json"
 	"errors"
@@ -86,6 +87,13 @@ func Read(r io.Reader, n int) (Bytes, error) {
 		return Bytes{}, err
 	}
 	return s, nil
+}
+
+// Random returns n random bytes.
+func Random(n int) Bytes {
+	s := New(n)
+	Do(func() { _, _ = rand.Read(s.Expose()) }) // never fails
+	return s
 }
 
 // ReadFile reads the whole of a regular file of least to most bytes.

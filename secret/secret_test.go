@@ -158,3 +158,12 @@ func TestReadFile(t *testing.T) {
 		}
 	}
 }
+
+func TestRandom(t *testing.T) {
+	a, b := secret.Random(32), secret.Random(32)
+	defer a.Wipe()
+	defer b.Wipe()
+	if a.Len() != 32 || a.Equal(b) || bytes.Count(a.Expose(), []byte{0}) == 32 {
+		t.Error("not random")
+	}
+}

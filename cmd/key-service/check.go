@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
@@ -100,11 +99,7 @@ func checkKEK(ctx context.Context, o keyconfig.Opened[*kms.KEK], recordAuth bool
 	}
 	_, err := o.It.CurrentKeyID(ctx)
 	add(kms.OpCurrentKeyID, err)
-	key, err := secret.Read(rand.Reader, kms.KeySize)
-	if err != nil {
-		add(kms.OpWrap, err)
-		return found
-	}
+	key := secret.Random(kms.KeySize)
 	defer key.Wipe()
 	w, err := o.It.Wrap(ctx, checkID, key)
 	add(kms.OpWrap, err)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -89,10 +88,7 @@ func randomSecret(ctx context.Context, c *command) error {
 
 // fill writes random files.
 func fill(ctx context.Context, held *kube.Files, names []string) error {
-	random, err := secret.Read(rand.Reader, len(names)*randomSize)
-	if err != nil {
-		return err
-	}
+	random := secret.Random(len(names) * randomSize)
 	defer random.Wipe()
 	files := map[string][]byte{}
 	for i, name := range names {

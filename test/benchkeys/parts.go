@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/ecdh"
 	"crypto/hpke"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -46,10 +45,7 @@ func (b *bench) parts(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	defer func() { _ = kek.Close() }()
-	key, err := secret.Read(rand.Reader, dek.Size)
-	if err != nil {
-		return err
-	}
+	key := secret.Random(dek.Size)
 	defer key.Wipe()
 	wrapped, err := kek.Wrap(ctx, id, key)
 	if err != nil {
