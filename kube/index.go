@@ -9,6 +9,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
@@ -27,6 +28,8 @@ type table[T any] struct {
 	keep func(obj any) (T, bool) // what of an object; false: nothing
 	key  func(T) string          // under which it is found besides its name; "": under none
 	age  *age
+
+	changed func() // called when something may have changed; nil: nobody asks
 
 	mu    sync.RWMutex
 	names map[string]T
@@ -60,6 +63,13 @@ func (t *table[T]) under(key string) []T {
 	return list
 }
 
+// size is how many objects something is kept of.
+func (t *table[T]) size() int {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return len(t.names)
+}
+
 // ready is nil while the table may be believed.
 func (t *table[T]) ready() error {
 	since, ok := t.age.get()
@@ -84,6 +94,7 @@ func (t *table[T]) Add(obj any) error {
 	if err != nil {
 		return err
 	}
+	defer t.tell()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(name)
@@ -98,6 +109,7 @@ func (t *table[T]) Delete(obj any) error {
 	if err != nil {
 		return err
 	}
+	defer t.tell()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(name)
@@ -106,6 +118,7 @@ func (t *table[T]) Delete(obj any) error {
 
 // Replace takes a whole listing.
 func (t *table[T]) Replace(list []any, _ string) error {
+	defer t.tell()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.names, t.keys = make(map[string]T, len(list)), make(map[string]map[string]T, len(list))
@@ -121,6 +134,12 @@ func (t *table[T]) Replace(list []any, _ string) error {
 }
 
 func (t *table[T]) Resync() error { return nil }
+
+func (t *table[T]) tell() {
+	if t.changed != nil {
+		t.changed()
+	}
+}
 
 func (t *table[T]) insert(name string, obj any) {
 	v, ok := t.keep(obj)
@@ -170,6 +189,21 @@ func source[L runtime.Object](a *age, list func(context.Context, metav1.ListOpti
 			seconds := int64(a.next(o.SendInitialEvents != nil) / time.Second)
 			o.TimeoutSeconds = &seconds
 			return watches(ctx, o)
+		},
+	}
+}
+
+// named narrows a source to the object of one name.
+func named(source *cache.ListWatch, name string) *cache.ListWatch {
+	selector := fields.OneTermEqualSelector("metadata.name", name).String()
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			o.FieldSelector = selector
+			return source.ListWithContextFunc(ctx, o)
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			o.FieldSelector = selector
+			return source.WatchFuncWithContext(ctx, o)
 		},
 	}
 }

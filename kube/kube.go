@@ -1,11 +1,12 @@
 // Package kube talks to the API server: [Secrets] are a store, [Tokens] tell who
 // is asking, [Attachments] which node may have which volume's DEK, [Notes] keep a
 // header's floor on the PersistentVolume. On a node [Events] tell users what
-// happens to their volumes, and [Node] whether there can be any.
+// happens to their volumes, and [Node] whether there can be any. [Guard] keeps
+// cryptcsi from being uninstalled while there are volumes.
 //
 // # Permissions
 //
-// Secrets, Events and Node say themselves what they need. The others need this and nothing else;
+// Secrets, Events, Node and Guard say themselves what they need. The others need this and nothing else;
 // without notes, neither patch nor, for a cluster that lists by watching
 // (sendInitialEvents, Kubernetes 1.32 and later), any list but that of
 // volumeattachments:
