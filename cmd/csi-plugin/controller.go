@@ -11,14 +11,22 @@ import (
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
+// controllerFlags is the configuration of `csi-plugin controller`.
+type controllerFlags struct {
+	frontFlags
+	guard guardFlags
+}
+
 // parseControllerFlags returns the configuration of `csi-plugin controller`.
-func parseControllerFlags(args []string, stderr io.Writer) (*frontFlags, error) {
-	f := &frontFlags{}
+func parseControllerFlags(args []string, stderr io.Writer) (*controllerFlags, error) {
+	f := &controllerFlags{}
 	fs := newFlags("controller", stderr)
-	f.add(fs)
+	f.frontFlags.add(fs)
 	f.keys.direct.Add(fs)
 	f.keys.service.add(fs)
 	fs.StringVar(&f.keys.kekNames, "kek-names", "", "names of the key service's KEKs that StorageClasses may choose by cryptcsi.io/kek, with commas in between; one that is not here is refused before a volume is made")
+	fs.StringVar(&f.guard.name, "uninstall-guard", "", "name of the ValidatingAdmissionPolicy, and of its binding, that refuses to delete cryptcsi while there are encrypted volumes: it is kept from being deleted itself as long as there are any; empty for none")
+	fs.StringVar(&f.guard.config, "kubernetes-config", "", "kubeconfig file for --uninstall-guard; empty for the pod's own service account")
 	f.keys.create = true
 	if err := f.parse(fs, args); err != nil {
 		return nil, err
@@ -57,6 +65,9 @@ func controller(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
+	if err := f.guard.open(&f.frontFlags, log); err != nil {
+		return err
+	}
 	keks, err := f.keys.keksOf(keys)
 	if err != nil {
 		return err

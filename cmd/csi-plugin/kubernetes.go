@@ -153,3 +153,23 @@ func (c *cluster) unfit(ctx context.Context, why error) error {
 	}
 	return why
 }
+
+// guardFlags are what the controller does at the API server; nothing without a name.
+type guardFlags struct{ name, config string }
+
+// open has the policy of that name kept while CSI is served.
+func (g guardFlags) open(f *frontFlags, log *slog.Logger) error {
+	if g.name == "" {
+		return nil
+	}
+	config, err := kube.Config(g.config, "")
+	if err != nil {
+		return err
+	}
+	guard, err := kube.NewGuard(config, g.name, log)
+	if err != nil {
+		return err
+	}
+	f.beside = append(f.beside, func(ctx context.Context) error { guard.Run(ctx); return nil })
+	return nil
+}
