@@ -3,6 +3,7 @@
 package cluster_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,22 +94,25 @@ func (c *cluster) apply(t *testing.T, dir string) []*unstructured.Unstructured {
 		must(t, r.GetName(), err)
 		o := &unstructured.Unstructured{}
 		must(t, r.GetName(), o.UnmarshalJSON(text))
-		kind := o.GroupVersionKind()
-		known, err := c.kinds.RESTMapping(kind.GroupKind(), kind.Version)
-		must(t, dir, err)
-		var to dynamic.ResourceInterface = c.dynamic.Resource(known.Resource)
-		if known.Scope.Name() == meta.RESTScopeNameNamespace {
-			ns := o.GetNamespace()
-			if ns == "" { // examples, which go where the user is
-				ns = metav1.NamespaceDefault
-			}
-			to = c.dynamic.Resource(known.Resource).Namespace(ns)
-		}
+		to := c.to(t, o)
 		_, err = to.Patch(t.Context(), o.GetName(), types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", FieldValidation: "Strict"})
-		must(t, fmt.Sprintf("%s: apply %s %s", dir, kind.Kind, o.GetName()), err)
+		must(t, fmt.Sprintf("%s: apply %s %s", dir, o.GetKind(), o.GetName()), err)
 		all = append(all, o)
 	}
 	return all
+}
+
+// to is where objects of that kind and namespace are.
+func (c *cluster) to(t *testing.T, o *unstructured.Unstructured) dynamic.ResourceInterface {
+	t.Helper()
+	kind := o.GroupVersionKind()
+	known, err := c.kinds.RESTMapping(kind.GroupKind(), kind.Version)
+	must(t, o.GetName(), err)
+	if known.Scope.Name() != meta.RESTScopeNameNamespace {
+		return c.dynamic.Resource(known.Resource)
+	}
+	// Examples have none and go where the user is.
+	return c.dynamic.Resource(known.Resource).Namespace(cmp.Or(o.GetNamespace(), metav1.NamespaceDefault))
 }
 
 // TestApply: the API server takes every object, knows every field, and takes
