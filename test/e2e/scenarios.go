@@ -70,7 +70,7 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 	s.scenario("the whole cluster loses its power: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
 	s.thorough("what was cut off while it initialised goes on", func() (string, error) { return t.initialised(ctx) })
 	s.scenario("a claim is deleted: the volume is gone, and its key with it", func() (string, error) { return t.deleted(ctx) })
-	s.thorough("uninstalling is refused while there are volumes, and leaves nothing when there are none", func() (string, error) { return t.uninstall(ctx, "test/e2e/cluster") })
+	s.thorough("uninstalling is refused while there are volumes, and leaves nothing when there are none", func() (string, error) { return t.uninstall(ctx, s.o) })
 }
 
 func (t *tester) firstVolume(ctx context.Context) (string, error) {
