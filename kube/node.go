@@ -34,8 +34,9 @@ const nodeTimeout = 15 * time.Second // of one request
 //	  resources: [nodes/status]
 //	  verbs: [patch]
 //
-// RBAC cannot say "its own node only": whoever has the account may change all of
-// them, labels too. Errors are of errdefs' classes; every method can be called
+// RBAC cannot say "its own node only": without the admission policy that
+// deploy/kubernetes has, whoever has the account may change all of them, labels
+// too. Errors are of errdefs' classes; every method can be called
 // again after any of them.
 type Node struct {
 	nodes corev1client.NodeInterface
