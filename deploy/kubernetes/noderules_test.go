@@ -2,8 +2,12 @@ package kubernetes_test
 
 import (
 	"reflect"
+	"slices"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 
@@ -54,6 +58,35 @@ func TestNodeRules(t *testing.T) {
 			if d.Spec.PodInfoOnMount == nil || !*d.Spec.PodInfoOnMount {
 				t.Errorf("%s: events do not reach pods of %s", dir, d.Name)
 			}
+		}
+	}
+}
+
+// TestStartupTaint: where every node has the taint, what removes it starts
+// nevertheless, and what that waits for.
+func TestStartupTaint(t *testing.T) {
+	const dir = "examples/startup-taint"
+	taint := flag(t, container(t, daemonSet(t, dir).Spec.Template.Spec, "csi-plugin"), "startup-taint")
+	tolerated := func(to corev1.Toleration) bool {
+		return to.Operator == corev1.TolerationOpExists && (to.Key == "" || to.Key == taint) && (to.Effect == "" || to.Effect == corev1.TaintEffectNoSchedule)
+	}
+	objects := build(t, dir)
+	all := map[string]corev1.PodSpec{}
+	for _, o := range of[*appsv1.Deployment](objects) {
+		all["Deployment "+o.Name] = o.Spec.Template.Spec
+	}
+	for _, o := range of[*appsv1.DaemonSet](objects) {
+		all["DaemonSet "+o.Name] = o.Spec.Template.Spec
+	}
+	for _, o := range of[*batchv1.Job](objects) {
+		all["Job "+o.Name] = o.Spec.Template.Spec
+	}
+	if len(all) < 4 {
+		t.Errorf("found only %d: a DaemonSet, two Deployments and a Job belong to it", len(all))
+	}
+	for name, pod := range all {
+		if !slices.ContainsFunc(pod.Tolerations, tolerated) {
+			t.Errorf("%s does not start on a node with the taint %s", name, taint)
 		}
 	}
 }
