@@ -84,6 +84,8 @@ func runGuest(ctx context.Context, o *options, stdout, stderr io.Writer) (int, e
 	prepare := umlCommand
 	if o.mode == "qemu" {
 		prepare = qemuCommand
+	} else {
+		defer onOneCPU()()
 	}
 	cmd, err := prepare(o, j, scratch)
 	if err != nil {
