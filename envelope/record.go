@@ -171,7 +171,11 @@ func decodeRecord(data []byte) (*record, error) {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(r); err != nil {
-		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record does not decode: %.200s", err)
+		hint := ""
+		if strings.Contains(err.Error(), "unknown field") {
+			hint = ": if a later release wrote it, go back to that one"
+		}
+		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record does not decode: %.200s%s", err, hint)
 	}
 	if err := r.sameFields(data); err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the record is not in its one form: %w", err)

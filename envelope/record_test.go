@@ -38,6 +38,16 @@ func vectors(t testing.TB) map[string][]byte {
 	return all
 }
 
+// TestDecodeNamesTheNewer: what a later release may have written names itself and
+// says what to do.
+func TestDecodeNamesTheNewer(t *testing.T) {
+	newer := strings.Replace(string(vectors(t)["claimed"]), `"version": 1,`, `"version": 1, "colour": "blue",`, 1)
+	_, err := decodeRecord([]byte(newer))
+	if err == nil || !strings.Contains(err.Error(), `"colour"`) || !strings.Contains(err.Error(), "a later release") {
+		t.Errorf("it says %v", err)
+	}
+}
+
 // TestDecodeIsStrict changes one thing in a good record at a time.
 func TestDecodeIsStrict(t *testing.T) {
 	good := string(vectors(t)["claimed"])
