@@ -109,9 +109,9 @@ e2e-short: build ## the same in a few minutes, as .ci/run has it
 	@bin/e2e -short -only='$(ONLY)'
 
 .PHONY: e2e-full
-e2e-full: build ## all of Kubernetes' own storage tests (an hour)
+e2e-full: build ## all of Kubernetes' own storage tests (an hour; ONLY=regexp of specs)
 	@test/install.sh e2e e2e-storage
-	@bin/e2e -full
+	@bin/e2e -full -only='$(ONLY)'
 
 .PHONY: crash
 crash: build ## kill worker and guest at every step of a volume's first life (make test: a sample)

@@ -398,7 +398,9 @@ build_storage() {
 	cd "$root/test/e2e/storage"
 	export GOFLAGS=-mod=readonly CGO_ENABLED=0
 	nice -n 10 go build -trimpath -ldflags '-s -w' -o "$root/.tools/bin/agnhost" k8s.io/kubernetes/test/images/agnhost
-	nice -n 10 go test -c -trimpath -ldflags '-s -w' -o "$root/.tools/bin/e2e-storage" .
+	nice -n 10 go build -trimpath -ldflags '-s -w' -o "$root/.tools/bin/ginkgo" github.com/onsi/ginkgo/v2/ginkgo
+	# Only what is called so is a program of tests to ginkgo.
+	nice -n 10 go test -c -trimpath -ldflags '-s -w' -o "$root/.tools/bin/e2e-storage.test" .
 }
 
 install_storage() {

@@ -196,8 +196,8 @@ func (c *controlPlane) awaitAPI(ctx context.Context) error {
 
 // await asks again and again until nothing is missing. What is still missing
 // at the end is the error.
-func (c *controlPlane) await(ctx context.Context, patience time.Duration, what string, missing func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+func (c *controlPlane) await(whole context.Context, patience time.Duration, what string, missing func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(whole, patience)
 	defer cancel()
 	for {
 		err := missing(ctx)
@@ -211,6 +211,9 @@ func (c *controlPlane) await(ctx context.Context, patience time.Duration, what s
 		}
 		select {
 		case <-ctx.Done():
+			if why := interrupted(whole); why != nil {
+				return fmt.Errorf("%s: %w", what, why)
+			}
 			return fmt.Errorf("%s: not after %v: %w", what, patience, err)
 		case <-time.After(100 * time.Millisecond):
 		}

@@ -40,7 +40,7 @@ func makeDisk(ctx context.Context, s site, o options) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		ours = append(ours, before...)
+		others = append(others, before...)
 	}
 	base, err := keptDisk(ctx, s, others)
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 // guest is the node's machine.
 type guest struct {
 	plane *controlPlane
+	taint string // what the node joins with, or nothing
 	vm    *process
 }
 
@@ -21,7 +22,7 @@ type guest struct {
 func (g *guest) boot() error {
 	s := g.plane.site
 	vm, err := start(s.logs(), "guest", filepath.Join(s.bin, "vm"), "-mem=4G", "-timeout=0", "-tap="+tapDevice, "-rw="+s.dir, "-disk="+s.path(diskFile),
-		"--", filepath.Join(s.bin, "e2e"), "node", s.dir)
+		"--", filepath.Join(s.bin, "e2e"), "node", s.dir, g.taint)
 	if err != nil {
 		return err
 	}

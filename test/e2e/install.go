@@ -71,7 +71,12 @@ func (c *controlPlane) installPrevious(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.applyTagged(ctx, filepath.Join(c.site.previous(), "test/e2e/cluster"), previousTag)
+	return c.applyPrevious(ctx)
+}
+
+// applyPrevious applies the manifests of the build before this one.
+func (c *controlPlane) applyPrevious(ctx context.Context) error {
+	return c.applyTagged(ctx, c.site.source("test/e2e/before"), previousTag)
 }
 
 // installed waits until all pods of a namespace are ready, at least n of them.

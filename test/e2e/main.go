@@ -33,8 +33,8 @@ const insideEnv = "CRYPTCSI_E2E"
 func main() {
 	var err error
 	switch dir := os.Getenv(insideEnv); {
-	case len(os.Args) == 3 && os.Args[1] == "node":
-		err = runNode(os.Args[2])
+	case len(os.Args) == 4 && os.Args[1] == "node":
+		err = runNode(os.Args[2], os.Args[3])
 	case len(os.Args) == 4 && os.Args[1] == "registrar":
 		err = runRegistrar(os.Args[2], os.Args[3])
 	case dir != "":
@@ -56,7 +56,9 @@ type options struct {
 }
 
 // upgrades says whether the story begins with the build before this one.
-func (o options) upgrades() bool { return !o.short && o.only.MatchString(upgradeText) }
+func (o options) upgrades() bool {
+	return !o.short && !o.full && (o.only.MatchString(upgradeText) || o.only.MatchString(downgradeText))
+}
 
 // withSuite says whether Kubernetes' own tests run.
 func (o options) withSuite() bool { return o.full || !o.short && o.only.MatchString(suiteText) }

@@ -25,8 +25,8 @@ const pauseImage = "docker.io/cryptcsi/pause:dev"
 
 // runNode is the node, in the guest: it makes the machine ready, starts
 // containerd and kubelet, and ends when one of them does. It is not called twice
-// in one boot.
-func runNode(dir string) error {
+// in one boot. It joins with a taint where there is one.
+func runNode(dir, taint string) error {
 	ctx := context.Background()
 	s := site{dir: dir}
 	for _, step := range []struct {
@@ -36,7 +36,7 @@ func runNode(dir string) error {
 		{"modules and network", func() error { return nodeNetwork(ctx) }},
 		{"disk", func() error { return nodeDisk(ctx) }},
 		{"processor", nodeProcessor},
-		{"configuration", func() error { return nodeConfig(s) }},
+		{"configuration", func() error { return nodeConfig(s, taint) }},
 	} {
 		if err := step.do(); err != nil {
 			return fmt.Errorf("node: %s: %w", step.name, err)
@@ -64,7 +64,7 @@ func keepKubelet(ctx context.Context, s site, containerd *process) error {
 	var killer net.Conn
 	for ends := 0; ends < 10; {
 		kubelet, err := start(s.logs(), "kubelet", s.kub, "kubelet", "--config=/etc/kubelet-e2e.json", "--kubeconfig="+s.path("kubelet.kubeconfig"),
-			"--hostname-override="+nodeName, "--node-ip="+nodeIP, "--v=2")
+			"--hostname-override="+nodeName, "--node-ip="+nodeIP, "--housekeeping-interval=1m", "--v=2")
 		if err != nil {
 			return err
 		}
@@ -160,13 +160,17 @@ func nodeProcessor() error {
 	return unix.Mount(file, "/proc/cpuinfo", "", unix.MS_BIND, "")
 }
 
-func nodeConfig(s site) error {
+func nodeConfig(s site, taint string) error {
 	if err := os.MkdirAll("/etc/cni/net.d", 0o755); err != nil {
 		return err
 	}
+	taints := "[]"
+	if taint != "" {
+		taints = `[{"key": "` + taint + `", "effect": "NoSchedule"}]`
+	}
 	return errors.Join(
 		os.WriteFile("/etc/containerd-e2e.toml", []byte(containerdConfig), 0o644),
-		os.WriteFile("/etc/kubelet-e2e.json", []byte(strings.ReplaceAll(kubeletConfig, "CA-FILE", s.path("pki/ca.crt"))), 0o644),
+		os.WriteFile("/etc/kubelet-e2e.json", []byte(strings.NewReplacer("CA-FILE", s.path("pki/ca.crt"), "TAINTS", taints).Replace(kubeletConfig)), 0o644),
 		os.WriteFile("/etc/cni/net.d/10-bridge.conflist", []byte(networkConfig), 0o644),
 	)
 }
@@ -198,7 +202,7 @@ const kubeletConfig = `{
   "containerRuntimeEndpoint": "unix://` + containerdSocket + `",
   "evictionHard": {"memory.available": "16Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%"},
   "imageGCHighThresholdPercent": 100, "imageGCLowThresholdPercent": 99,
-  "serializeImagePulls": true, "nodeStatusUpdateFrequency": "1s", "nodeStatusReportFrequency": "10s", "syncFrequency": "5s"
+  "serializeImagePulls": true, "nodeStatusUpdateFrequency": "1s", "nodeStatusReportFrequency": "10s", "syncFrequency": "5s", "registerWithTaints": TAINTS
 }
 `
 

@@ -23,18 +23,23 @@ func integrity() want {
 	return want{name: "integrity", class: "encrypted-integrity", size: "64Mi"}
 }
 
-// The texts of two scenarios, for which more than themselves is made ready.
+// The texts of scenarios for which more than themselves is made ready.
 const (
-	upgradeText = "upgrade from the build before, with volumes in use"
-	suiteText   = "Kubernetes' own storage tests"
+	upgradeText   = "upgrade from the build before, with volumes in use"
+	downgradeText = "downgrade to the build before and back, with volumes in use: what that build does not know it refuses in words"
+	suiteText     = "Kubernetes' own storage tests"
 )
 
 // scenarios are told in this order; a later one may use what an earlier one has
-// left. What disturbs nothing is done beside each other.
+// left. What does not need the other's quiet is done beside it, because most of
+// a scenario is waiting.
 func (t *tester) scenarios(ctx context.Context, s *story) {
 	if s.o.full {
-		_ = s.that(suiteText+", all of them", func() (string, error) { return t.externalStorage(ctx, [][]string{{""}}) })
+		_ = s.that(suiteText+", all of them", func() (string, error) { return t.all(ctx, s.o.only.String()) })
 		return
+	}
+	if t.node.taint != "" {
+		s.scenario("the node joined with a taint: pods waited for the plugin, and the node says that it is ready", func() (string, error) { return t.taintAway(ctx) })
 	}
 	_ = together(
 		func() error {
@@ -48,6 +53,52 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 		},
 	)
 	s.thorough(upgradeText, func() (string, error) { return t.upgrade(ctx) })
+	s.thorough(downgradeText, func() (string, error) { return t.downgrade(ctx) })
+	beside(
+		func() { t.data(ctx, s) },
+		func() {
+			s.scenario("a node to which the volume is not attached gets no key", func() (string, error) { return t.otherNode(ctx) })
+			s.scenario("a wrong parameter in a StorageClass: the claim says so", func() (string, error) { return t.wrongParameter(ctx) })
+			s.thorough(fmt.Sprintf("a pod with %d volumes", many), func() (string, error) { return t.manyVolumes(ctx) })
+		},
+		func() {
+			s.thorough(suiteText+", a selection", func() (string, error) { return t.selected(ctx) })
+		},
+	)
+	s.thorough("from claim to running pod, encrypted and not", func() (string, error) { return t.latency(ctx) })
+	beside(
+		func() {
+			s.scenario("the plugin is killed while it stages: the next one goes on", func() (string, error) { return "", t.pluginKilled(ctx) })
+		},
+		func() {
+			s.thorough("a volume with integrity loses its pod and its plugin while it initialises in the background", func() (string, error) { return t.initialises(ctx) })
+		},
+		func() {
+			s.thorough("drop-in under the vendor's name: an unencrypted volume stays, a new one is encrypted, keys are outside of the cluster", func() (string, error) { return t.dropIn(ctx) })
+		},
+	)
+	beside(
+		func() {
+			s.scenario("kubelet is killed with volumes in use: pods go on, and volumes come and go", func() (string, error) { return t.kubeletRestarted(ctx) })
+		},
+		func() {
+			s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
+		},
+	)
+	s.scenario("the whole cluster loses its power: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
+	beside(
+		func() {
+			s.thorough("what was cut off while it initialised goes on", func() (string, error) { return t.initialised(ctx) })
+		},
+		func() {
+			s.scenario("a claim is deleted: the volume is gone, and its key with it", func() (string, error) { return t.deleted(ctx) })
+		},
+	)
+	s.thorough("uninstalling is refused while there are volumes, and leaves nothing when there are none", func() (string, error) { return t.uninstall(ctx, s.o) })
+}
+
+// data are the scenarios about what a volume's data and copies of it become.
+func (t *tester) data(ctx context.Context, s *story) {
 	s.scenario("the three pods are deleted and come back: the data is there", func() (string, error) {
 		return "", together(
 			func() error { return t.returns(ctx, filesystem()) },
@@ -57,20 +108,6 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 	s.scenario("the filesystem grows under its pod", func() (string, error) { return t.expand(ctx) })
 	s.scenario("a snapshot is taken, with a record of its own", func() (string, error) { return t.snapshot(ctx) })
 	s.scenario("snapshot and volume are made into new volumes: the data is there, under keys of their own", func() (string, error) { return t.copies(ctx) })
-	s.scenario("a node to which the volume is not attached gets no key", func() (string, error) { return t.otherNode(ctx) })
-	s.scenario("a wrong parameter in a StorageClass: the claim says so", func() (string, error) { return t.wrongParameter(ctx) })
-	s.scenario("the plugin is killed while it stages: the next one goes on", func() (string, error) { return "", t.pluginKilled(ctx) })
-	s.scenario("kubelet is killed with volumes in use: pods go on, and volumes come and go", func() (string, error) { return t.kubeletRestarted(ctx) })
-	s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
-	s.thorough(suiteText+", a selection", func() (string, error) { return t.externalStorage(ctx, selection()) })
-	s.thorough("from claim to running pod, encrypted and not", func() (string, error) { return t.latency(ctx) })
-	s.thorough("drop-in under the vendor's name: an unencrypted volume stays, a new one is encrypted, keys are outside of the cluster", func() (string, error) { return t.dropIn(ctx) })
-	s.thorough(fmt.Sprintf("a pod with %d volumes", many), func() (string, error) { return t.manyVolumes(ctx) })
-	s.thorough("a volume with integrity loses its pod and its plugin while it initialises in the background", func() (string, error) { return t.initialises(ctx) })
-	s.scenario("the whole cluster loses its power: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
-	s.thorough("what was cut off while it initialised goes on", func() (string, error) { return t.initialised(ctx) })
-	s.scenario("a claim is deleted: the volume is gone, and its key with it", func() (string, error) { return t.deleted(ctx) })
-	s.thorough("uninstalling is refused while there are volumes, and leaves nothing when there are none", func() (string, error) { return t.uninstall(ctx, s.o) })
 }
 
 func (t *tester) firstVolume(ctx context.Context) (string, error) {
@@ -207,23 +244,24 @@ func (t *tester) killPlugin(ctx context.Context) error {
 }
 
 func (t *tester) keyServiceAway(ctx context.Context) (string, error) {
-	if err := errors.Join(t.down(ctx, "files"), t.scale(ctx, "key-service", 0), t.pod(ctx, filesystem())); err != nil {
+	w := integrity()
+	if err := errors.Join(t.down(ctx, w.name), t.scale(ctx, "key-service", 0), t.pod(ctx, w)); err != nil {
 		return "", err
 	}
 	var said string
 	err := t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
-		for line := range strings.Lines(t.events(ctx, "files")) {
+		for line := range strings.Lines(t.events(ctx, w.name)) {
 			if strings.Contains(line, "FailedMount") && strings.Contains(line, "key service") {
 				said = line
 				return nil
 			}
 		}
-		return errors.New(t.events(ctx, "files"))
+		return errors.New(t.events(ctx, w.name))
 	})
 	if err != nil {
 		return "", errors.Join(err, t.scale(ctx, "key-service", 1))
 	}
-	return said, errors.Join(t.scale(ctx, "key-service", 1), t.running(ctx, "files"), t.reads(ctx, filesystem()))
+	return said, errors.Join(t.scale(ctx, "key-service", 1), t.running(ctx, w.name), t.reads(ctx, w))
 }
 
 func (t *tester) wrongParameter(ctx context.Context) (string, error) {

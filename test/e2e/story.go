@@ -20,10 +20,13 @@ type story struct {
 	// keep writes down how things stand where one has failed; nil as long as
 	// there is nothing to look at.
 	keep func(n int)
+	// interrupted is why the whole is to end, nil while it is to go on.
+	interrupted func() error
 
-	mu     sync.Mutex // things are done beside each other
-	failed int
-	told   []told
+	mu      sync.Mutex // things are done beside each other
+	failed  int
+	stopped bool // something was interrupted, or not begun
+	told    []told
 }
 
 // told is what a line says.
@@ -40,7 +43,10 @@ func (s *story) that(text string, do func() (string, error)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	mark := "ok  "
-	if err != nil {
+	if why := s.interrupted(); err != nil && why != nil {
+		// Whatever went wrong then says nothing.
+		mark, err, s.stopped = "stop", why, true
+	} else if err != nil {
 		mark = "FAIL"
 		s.failed++
 		if s.keep != nil {
@@ -60,9 +66,16 @@ func (s *story) that(text string, do func() (string, error)) error {
 
 // scenario is that, for a thing that may fail and others are tried nevertheless.
 func (s *story) scenario(text string, do func() (string, error)) {
-	if s.o.only.MatchString(text) {
-		_ = s.that(text, do)
+	if !s.o.only.MatchString(text) {
+		return
 	}
+	if s.interrupted() == nil {
+		_ = s.that(text, do)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stopped = true
 }
 
 // thorough is a scenario that is left out where there is little time.
@@ -92,13 +105,24 @@ func run(ctx context.Context, dir string, o options) error {
 	if err := os.Mkdir(s.logs(), 0o755); err != nil {
 		return err
 	}
-	st := &story{begin: time.Now(), o: o}
+	st := &story{begin: time.Now(), o: o, interrupted: func() error { return interrupted(ctx) }}
 	err = tell(ctx, st, s)
 	st.table()
+	if st.stopped {
+		return fmt.Errorf("%w: not everything was tried", interrupted(ctx))
+	}
 	if err == nil && st.failed > 0 {
 		err = fmt.Errorf("%d failed", st.failed)
 	}
 	return err
+}
+
+// interrupted is why a context has been cancelled, nil while it is not.
+func interrupted(ctx context.Context) error {
+	if ctx.Err() == nil {
+		return nil
+	}
+	return fmt.Errorf("interrupted: %w", context.Cause(ctx))
 }
 
 // together does things beside each other, and returns when all are done.
@@ -110,6 +134,15 @@ func together(things ...func() error) error {
 	}
 	all.Wait()
 	return errors.Join(errs...)
+}
+
+// beside does things beside each other that tell themselves how they ended.
+func beside(things ...func()) {
+	var all sync.WaitGroup
+	for _, do := range things {
+		all.Go(do)
+	}
+	all.Wait()
 }
 
 // tell brings the cluster up, runs the scenarios and takes the cluster down.
@@ -139,6 +172,9 @@ func tell(ctx context.Context, st *story, s site) error {
 	)
 	if err != nil {
 		return err
+	}
+	if !st.o.upgrades() {
+		node.taint = startupTaint // which the build before this one does not know
 	}
 	begin := time.Now()
 	if err := node.boot(); err != nil {

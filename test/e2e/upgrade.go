@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -26,6 +28,83 @@ func (t *tester) upgrade(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return stop(ctx)
+}
+
+// newer is a claim for what the build before this one does not know: a volume
+// that gives back to the disk what is discarded.
+func newer() want { return want{name: "newer", class: "encrypted-discard", size: "64Mi"} }
+
+// downgrade goes back to the previous build while pods write, and forward
+// again. What that build knows it serves; what it does not know it refuses, and
+// touches nothing of it.
+func (t *tester) downgrade(ctx context.Context) (string, error) {
+	_, err := t.client.StorageV1().StorageClasses().Create(ctx, &storagev1.StorageClass{
+		ObjectMeta: metav1.ObjectMeta{Name: newer().class}, Provisioner: driverName, Parameters: map[string]string{"cryptcsi.io/discard": "true"},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return "", err
+	}
+	if err := t.up(ctx, newer()); err != nil {
+		return "", err
+	}
+	if _, err := t.sh(ctx, newer().name, "echo '"+marker+"' > /data/file && sync"); err != nil {
+		return "", err
+	}
+	stop, err := t.writes(ctx, "files")
+	if err != nil {
+		return "", err
+	}
+	if err := errors.Join(t.applyPrevious(ctx), t.rolledOut(ctx)); err != nil {
+		return "", err
+	}
+	var said string
+	err = together(
+		func() error { return t.returns(ctx, block()) },
+		func() (err error) {
+			said, err = t.refused(ctx, newer())
+			return err
+		})
+	if err := errors.Join(err, t.apply(ctx, t.site.source("test/e2e/upgraded")), t.rolledOut(ctx)); err != nil {
+		return said, err
+	}
+	if err := errors.Join(t.running(ctx, newer().name), t.reads(ctx, newer())); err != nil {
+		return said, err
+	}
+	wrote, err := stop(ctx)
+	return said + wrote, err
+}
+
+// refused makes a pod anew and returns the event that says why it does not get
+// its volume. The volume's record must be as it was.
+func (t *tester) refused(ctx context.Context, w want) (said string, err error) {
+	v, err := t.volume(ctx, w.name)
+	if err != nil {
+		return "", err
+	}
+	before, err := t.record(ctx, v.Spec.CSI.VolumeHandle)
+	if err != nil {
+		return "", err
+	}
+	if err := errors.Join(t.down(ctx, w.name), t.pod(ctx, w)); err != nil {
+		return "", err
+	}
+	err = t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
+		for line := range strings.Lines(t.events(ctx, w.name)) {
+			if strings.Contains(line, "FailedMount") && strings.Contains(line, "record") {
+				said = line
+				return nil
+			}
+		}
+		return errors.New(t.events(ctx, w.name))
+	})
+	if err != nil {
+		return "", err
+	}
+	after, err := t.record(ctx, v.Spec.CSI.VolumeHandle)
+	if err == nil && (before == "" || after != before) {
+		err = fmt.Errorf("the record was %s and is %s", before, after)
+	}
+	return said, err
 }
 
 // rolledOut waits until all pods of cryptcsi are of what was applied last.

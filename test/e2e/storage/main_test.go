@@ -1,6 +1,7 @@
 // Package storage is the part of Kubernetes' own end-to-end tests that tries a
-// CSI driver from outside: external storage. It is built as a program, with
-// agnhost, which its pods run, by test/install.sh e2e-storage.
+// CSI driver from outside: external storage. It is built as a program by
+// test/install.sh e2e-storage, with ginkgo, which runs it in several processes,
+// and agnhost, which its pods run.
 package storage
 
 import (
