@@ -199,7 +199,7 @@ manifests: install ## check deploy/ against the API's types, a real API server a
 images: install ## images of csi-plugin and key-service for amd64 and arm64 in bin/images, pushed where REGISTRY= says
 	@test/install.sh images
 	for arch in amd64 arm64; do test/images/build.sh $$arch '-s -w $(LDFLAGS)'; done
-	go run ./test/images -registry='$(REGISTRY)' -version='$(VERSION)' -commit='$(COMMIT)' -time="$$(git log -1 --format=%ct)"
+	go run ./test/images/cmd/images -registry='$(REGISTRY)' -version='$(VERSION)' -commit='$(COMMIT)' -time="$$(git log -1 --format=%ct)"
 	@for i in $(if $(REGISTRY),csi-plugin key-service); do \
 		skopeo copy --all --insecure-policy $(SKOPEO) oci:bin/images/$$i 'docker://$(REGISTRY)'/$$i:'$(VERSION)'; done
 

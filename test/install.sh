@@ -18,7 +18,8 @@
 #             all libraries below them, under .cache/cryptsetup-next (they are not
 #             installed on the machine, nor are their suites added to its apt)
 #   e2e       Kubernetes (without its own images) and the sidecars of CSI, built
-#             from test/e2e/*/ into .tools/bin, and what a node needs besides
+#             from test/e2e/*/ into .tools/bin, what a node needs besides, and
+#             images
 #   e2e-storage  the storage tests of Kubernetes, built from test/e2e/storage
 #   e2e-previous  the build from which tests upgrade, under .tools/previous
 #   images    what container images are assembled from: Debian's packages for amd64
@@ -378,6 +379,7 @@ build_e2e() { # MODULE VARIABLE=VERSION...
 
 install_e2e() {
 	debian "${e2e_packages[@]}"
+	install_images
 	install_go
 	local version=k8s.io/component-base/version
 	build_e2e kubernetes $version.gitVersion=v1.36.3 $version.gitMajor=1 $version.gitMinor=36

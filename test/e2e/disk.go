@@ -7,10 +7,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cryptcsi/cryptcsi/test/images"
 )
 
 // diskBytes is how large the node's disk is; the file is sparse.
@@ -53,14 +54,14 @@ func makeDisk(ctx context.Context, s site, o options) (string, error) {
 }
 
 // keptDisk returns a disk with these images, which is made where there is none.
-func keptDisk(ctx context.Context, s site, images []image) (string, error) {
-	name, err := nameOf(images)
+func keptDisk(ctx context.Context, s site, all []images.Image) (string, error) {
+	name, err := nameOf(all)
 	if err != nil {
 		return "", err
 	}
 	dir := filepath.Join(s.bin, "../.cache/e2e")
 	// A short run has fewer than a long one, and keeps its own.
-	kind := fmt.Sprintf("disk-%d-", len(images))
+	kind := fmt.Sprintf("disk-%d-", len(all))
 	kept := filepath.Join(dir, kind+name)
 	if _, err := os.Stat(kept); err == nil {
 		return kept, nil
@@ -83,37 +84,24 @@ func keptDisk(ctx context.Context, s site, images []image) (string, error) {
 	if err := commands(ctx, "mkfs.ext4 -q -E lazy_itable_init=1,lazy_journal_init=1 "+unfinished); err != nil {
 		return "", err
 	}
-	if err := fillDisk(ctx, s, unfinished, images); err != nil {
+	if err := fillDisk(ctx, s, unfinished, all); err != nil {
 		return "", err
 	}
 	return kept, os.Rename(unfinished, kept)
 }
 
 // nameOf tells images from others by their files, without reading these.
-func nameOf(images []image) (string, error) {
-	var about []string
-	for _, i := range images {
-		for _, l := range i.layers {
-			for name, source := range l {
-				about = append(about, name, source)
-				if !filepath.IsAbs(source) {
-					continue
-				}
-				info, err := os.Stat(source)
-				if err != nil {
-					return "", err
-				}
-				about = append(about, fmt.Sprint(name, info.Size(), info.ModTime().UnixNano()))
-			}
-		}
+func nameOf(all []images.Image) (string, error) {
+	about, err := filesOf(all)
+	if err != nil {
+		return "", err
 	}
-	slices.Sort(about)
-	sum := sha256.Sum256(fmt.Append(nil, diskBytes, images, about))
+	sum := sha256.Sum256(fmt.Append(nil, diskBytes, about))
 	return fmt.Sprintf("%x", sum[:8]), nil
 }
 
 // fillDisk imports images into containerd's store on a disk.
-func fillDisk(ctx context.Context, s site, disk string, images []image) (err error) {
+func fillDisk(ctx context.Context, s site, disk string, all []images.Image) (err error) {
 	at := s.path("disk")
 	if err := os.MkdirAll(at, 0o755); err != nil {
 		return err
@@ -123,7 +111,7 @@ func fillDisk(ctx context.Context, s site, disk string, images []image) (err err
 	}
 	// The loop device goes with the mount.
 	defer func() { err = errors.Join(err, unix.Unmount(at, 0)) }()
-	if err := writeImages(s, images); err != nil {
+	if err := writeImages(s, all); err != nil {
 		return err
 	}
 	return importImages(ctx, s, at+"/containerd")

@@ -1,14 +1,9 @@
 package main
 
 import (
-	"archive/tar"
-	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
+	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -17,147 +12,17 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cryptcsi/cryptcsi/test/images"
 	"github.com/cryptcsi/cryptcsi/test/libraries"
 )
 
-// layer is a set of files: where each is in the image, and where it is taken
-// from. A name that ends in a slash is a directory; a source that begins with
-// "->" is a symbolic link to what follows.
-type layer map[string]string
+// machine is a layer with files of this machine.
+type machine images.Layer
 
-// image is a container image: a name, layers from below, and how it starts.
-type image struct {
-	name       string
-	layers     []layer
-	entrypoint []string
-	user       string
-	env        []string
-}
-
-// archive writes images as `docker save` does, for `ctr images import`. The
-// same files give the same bytes. A layer that two images share is there once.
-func archive(w io.Writer, images []image) error {
-	t := tar.NewWriter(w)
-	type entry struct {
-		Config   string
-		RepoTags []string
-		Layers   []string
-	}
-	var manifest []entry
-	written := map[string]bool{}
-	put := func(name string, content []byte) error {
-		if written[name] {
-			return nil
-		}
-		written[name] = true
-		if err := t.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(content))}); err != nil {
-			return err
-		}
-		_, err := t.Write(content)
-		return err
-	}
-	for _, i := range images {
-		e := entry{RepoTags: []string{i.name}}
-		var diffs []string
-		for _, l := range i.layers {
-			content, err := l.tar()
-			if err != nil {
-				return fmt.Errorf("%s: %w", i.name, err)
-			}
-			digest := sha256.Sum256(content)
-			name := hex.EncodeToString(digest[:]) + ".tar"
-			e.Layers, diffs = append(e.Layers, name), append(diffs, "sha256:"+strings.TrimSuffix(name, ".tar"))
-			if err := put(name, content); err != nil {
-				return err
-			}
-		}
-		config, err := i.config(diffs)
-		if err != nil {
-			return err
-		}
-		digest := sha256.Sum256(config)
-		e.Config = hex.EncodeToString(digest[:]) + ".json"
-		if err := put(e.Config, config); err != nil {
-			return err
-		}
-		manifest = append(manifest, e)
-	}
-	text, err := json.Marshal(manifest)
-	if err != nil {
-		return err
-	}
-	return errors.Join(put("manifest.json", text), t.Close())
-}
-
-func (i image) config(diffs []string) ([]byte, error) {
-	return json.Marshal(map[string]any{
-		"architecture": runtime.GOARCH, "os": "linux",
-		"config": map[string]any{"Entrypoint": i.entrypoint, "User": i.user, "Env": append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, i.env...)},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": diffs},
-	})
-}
-
-// tar is the layer's content, in the order of its names, without times.
-func (l layer) tar() ([]byte, error) {
-	var buf bytes.Buffer
-	t := tar.NewWriter(&buf)
-	var names []string
-	dirs := map[string]bool{}
-	for name := range l {
-		names = append(names, name)
-		for dir := filepath.Dir(strings.TrimSuffix(name, "/")); dir != "/"; dir = filepath.Dir(dir) {
-			dirs[dir+"/"] = true
-		}
-	}
-	for dir := range dirs {
-		if _, ok := l[dir]; !ok {
-			names = append(names, dir)
-		}
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		if err := addFile(t, name, l[name]); err != nil {
-			return nil, err
-		}
-	}
-	err := t.Close()
-	return buf.Bytes(), err
-}
-
-func addFile(t *tar.Writer, name, source string) error {
-	h := &tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: 0o755}
-	if link, ok := strings.CutPrefix(source, "->"); ok {
-		h.Typeflag, h.Linkname = tar.TypeSymlink, link
-		return t.WriteHeader(h)
-	}
-	if strings.HasSuffix(name, "/") {
-		h.Typeflag = tar.TypeDir
-		if name == "/tmp/" {
-			h.Mode = 0o1777
-		}
-		return t.WriteHeader(h)
-	}
-	f, err := os.Open(source)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	h.Size, h.Mode = info.Size(), int64(info.Mode().Perm())
-	if err := t.WriteHeader(h); err != nil {
-		return err
-	}
-	_, err = io.Copy(t, f)
-	return err
-}
-
-// addPrograms adds programs of this machine, by name or by path, where they are
+// programs adds programs of this machine, by name or by path, where they are
 // found, with the libraries that they need.
-func (l layer) addPrograms(programs ...string) error {
-	for _, p := range programs {
+func (l machine) programs(names ...string) error {
+	for _, p := range names {
 		path, err := exec.LookPath(p)
 		if err != nil {
 			return err
@@ -170,7 +35,7 @@ func (l layer) addPrograms(programs ...string) error {
 }
 
 // add adds a program or library, and the libraries that it needs.
-func (l layer) add(name, source string) error {
+func (l machine) add(name, source string) error {
 	if _, ok := l[name]; ok {
 		return nil
 	}
@@ -182,12 +47,12 @@ func (l layer) add(name, source string) error {
 			return err
 		}
 		if target == filepath.Base(real) {
-			l[name] = "->" + target
+			l[name] = images.File{Link: target}
 			return l.add(filepath.Join(filepath.Dir(name), target), real)
 		}
 		source = real
 	}
-	l[name] = source
+	l[name] = images.File{From: source}
 	needed, err := libraries.Needed(source)
 	if err != nil {
 		return err
@@ -204,6 +69,18 @@ func (l layer) add(name, source string) error {
 	return nil
 }
 
+// busybox adds it under all its names.
+func (l machine) busybox() error {
+	l["/bin/busybox"] = images.File{From: "/bin/busybox"}
+	names, err := exec.Command("/bin/busybox", "--list").Output()
+	for name := range strings.FieldsSeq(string(names)) {
+		if name != "busybox" {
+			l["/bin/"+name] = images.File{Link: "busybox"}
+		}
+	}
+	return err
+}
+
 func findLibrary(name string) (string, error) {
 	if filepath.IsAbs(name) {
 		return name, nil
@@ -215,4 +92,42 @@ func findLibrary(name string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("library %s is nowhere", name)
+}
+
+// simple is an image with one layer, which starts its first argument.
+func simple(name string, l images.Layer, entrypoint ...string) images.Image {
+	return images.Image{Name: name, Layers: []images.Layer{l}, Entrypoint: entrypoint}
+}
+
+// filesOf says of images and all their files what they are, without reading these.
+func filesOf(all []images.Image) ([]string, error) {
+	var about []string
+	for _, i := range all {
+		about = append(about, fmt.Sprint(i.Name, i.Entrypoint, i.User, i.Env))
+		for _, l := range i.Layers {
+			for name, f := range l {
+				about = append(about, fmt.Sprintf("%s %s %s %s %x", i.Name, name, f.From, f.Link, f.Content))
+				if f.From == "" {
+					continue
+				}
+				info, err := os.Stat(f.From)
+				if err != nil {
+					return nil, err
+				}
+				about = append(about, fmt.Sprint(name, info.Size(), info.ModTime().UnixNano()))
+			}
+		}
+	}
+	slices.Sort(about)
+	return about, nil
+}
+
+// writeImages writes images into one file.
+func writeImages(s site, all []images.Image) error {
+	f, err := os.Create(s.path(imagesFile))
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(f, 1<<20)
+	return errors.Join(images.Archive(w, runtime.GOARCH, all), w.Flush(), f.Close())
 }

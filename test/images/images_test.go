@@ -1,4 +1,4 @@
-package main
+package images
 
 import (
 	"bytes"
@@ -32,25 +32,25 @@ func packages(t *testing.T) string {
 
 // build makes the images of this machine's architecture, with this test in the
 // place of our programs.
-func build(t *testing.T, out string) builder {
+func build(t *testing.T, out string) Builder {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := builder{trees: packages(t), programs: t.TempDir(), out: out, arches: []string{runtime.GOARCH}, at: time.Unix(1700000000, 0).UTC()}
-	dir := filepath.Join(b.programs, runtime.GOARCH)
+	b := Builder{Packages: packages(t), Programs: t.TempDir(), Out: out, Arches: []string{runtime.GOARCH}, At: time.Unix(1700000000, 0).UTC()}
+	dir := filepath.Join(b.Programs, runtime.GOARCH)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, i := range images(nil) {
+	for _, i := range Releases(nil) {
 		for _, p := range i.programs {
 			if err := os.Symlink(self, filepath.Join(dir, p)); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	if err := b.all(images(map[string]string{"a": "b"}), "registry.example.com/x"); err != nil {
+	if err := b.All(Releases(map[string]string{"a": "b"}), "registry.example.com/x"); err != nil {
 		t.Fatal(err)
 	}
 	return b
@@ -69,12 +69,12 @@ func read(t *testing.T, name string) []byte {
 func TestReproducible(t *testing.T) {
 	a, b := build(t, t.TempDir()), build(t, t.TempDir())
 	for _, name := range []string{"kustomization.yaml", "csi-plugin/index.json", "key-service/index.json", "csi-plugin-" + runtime.GOARCH + ".spdx.json"} {
-		if !bytes.Equal(read(t, filepath.Join(a.out, name)), read(t, filepath.Join(b.out, name))) {
+		if !bytes.Equal(read(t, filepath.Join(a.Out, name)), read(t, filepath.Join(b.Out, name))) {
 			t.Errorf("%s is another one the second time", name)
 		}
 	}
-	if !strings.Contains(string(read(t, filepath.Join(a.out, "kustomization.yaml"))), "newName: registry.example.com/x/key-service\n    digest: sha256:") {
-		t.Errorf("%s", read(t, filepath.Join(a.out, "kustomization.yaml")))
+	if !strings.Contains(string(read(t, filepath.Join(a.Out, "kustomization.yaml"))), "newName: registry.example.com/x/key-service\n    digest: sha256:") {
+		t.Errorf("%s", read(t, filepath.Join(a.Out, "kustomization.yaml")))
 	}
 }
 
@@ -84,7 +84,7 @@ func TestUnpacked(t *testing.T) {
 	kernel.Need(t, "root", "exec:skopeo")
 	b := build(t, t.TempDir())
 	dir, root := t.TempDir(), t.TempDir()
-	run(t, "skopeo", "copy", "-q", "--insecure-policy", "oci:"+filepath.Join(b.out, "csi-plugin"), "dir:"+dir)
+	run(t, "skopeo", "copy", "-q", "--insecure-policy", "oci:"+filepath.Join(b.Out, "csi-plugin"), "dir:"+dir)
 	var manifest struct{ Layers []descriptor }
 	if err := json.Unmarshal(read(t, filepath.Join(dir, "manifest.json")), &manifest); err != nil {
 		t.Fatal(err)
@@ -135,11 +135,11 @@ func TestPushed(t *testing.T) {
 	}
 	defer func() { _, _ = registry.Process.Kill(), registry.Wait() }()
 	answers(t, addr)
-	for _, i := range images(nil) {
+	for _, i := range Releases(nil) {
 		to := "docker://" + addr + "/" + i.name
-		run(t, "skopeo", "copy", "-q", "--all", "--insecure-policy", "--dest-tls-verify=false", "oci:"+filepath.Join(b.out, i.name), to+":dev")
+		run(t, "skopeo", "copy", "-q", "--all", "--insecure-policy", "--dest-tls-verify=false", "oci:"+filepath.Join(b.Out, i.name), to+":dev")
 		digest := strings.TrimSpace(run(t, "skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", to+":dev"))
-		if !strings.Contains(string(read(t, filepath.Join(b.out, "kustomization.yaml"))), "digest: "+digest+"\n") {
+		if !strings.Contains(string(read(t, filepath.Join(b.Out, "kustomization.yaml"))), "digest: "+digest+"\n") {
 			t.Errorf("the registry has %s as %s", i.name, digest)
 		}
 	}
@@ -188,7 +188,7 @@ func TestOtherArchitecture(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := layer{}
+	l := Layer{}
 	if err := tree.addNeeded(l, program); err != nil {
 		t.Error(err)
 	}

@@ -1,4 +1,4 @@
-package main
+package images
 
 import (
 	"archive/tar"
@@ -14,14 +14,14 @@ import (
 	"time"
 )
 
-// layer is the files of an image, by their paths. A path with a slash at its end
+// Layer is the files of an image, by their paths. A path with a slash at its end
 // is a folder; folders above files need not be named.
-type layer map[string]file
+type Layer map[string]File
 
-// file is one of: a copy of a file, a link to a path, or its content.
-type file struct {
-	from, link string
-	content    []byte
+// File is one of: a copy of a file, a link to a path, or its content.
+type File struct {
+	From, Link string
+	Content    []byte
 }
 
 // blob is a layer as it is stored.
@@ -35,34 +35,42 @@ func digest(b []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// pack writes the layer in the order of its names, of root and with one time for
+// pack compresses the layer.
+func (l Layer) pack(at time.Time) (blob, error) {
+	plain, err := l.tar(at)
+	if err != nil {
+		return blob{}, err
+	}
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	if _, err := z.Write(plain); err != nil {
+		return blob{}, err
+	}
+	err = z.Close()
+	return blob{compressed: packed.Bytes(), digest: digest(packed.Bytes()), diffID: digest(plain)}, err
+}
+
+// tar writes the layer in the order of its names, of root and with one time for
 // all: the same files are the same bytes.
-func (l layer) pack(at time.Time) (blob, error) {
+func (l Layer) tar(at time.Time) ([]byte, error) {
 	all := maps.Clone(l)
 	for name := range l {
 		for dir := path.Dir(strings.TrimSuffix(name, "/")); dir != "/"; dir = path.Dir(dir) {
-			all[dir+"/"] = file{}
+			all[dir+"/"] = File{}
 		}
 	}
-	var plain, packed bytes.Buffer
+	var plain bytes.Buffer
 	t := tar.NewWriter(&plain)
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		if err := all[name].write(t, name, at); err != nil {
-			return blob{}, err
+			return nil, err
 		}
 	}
-	if err := t.Close(); err != nil {
-		return blob{}, err
-	}
-	z := gzip.NewWriter(&packed)
-	if _, err := z.Write(plain.Bytes()); err != nil {
-		return blob{}, err
-	}
-	err := z.Close()
-	return blob{compressed: packed.Bytes(), digest: digest(packed.Bytes()), diffID: digest(plain.Bytes())}, err
+	err := t.Close()
+	return plain.Bytes(), err
 }
 
-func (f file) write(t *tar.Writer, name string, at time.Time) error {
+func (f File) write(t *tar.Writer, name string, at time.Time) error {
 	h := &tar.Header{Name: strings.TrimPrefix(name, "/"), Mode: 0o644, ModTime: at, Format: tar.FormatPAX}
 	switch {
 	case strings.HasSuffix(name, "/"):
@@ -71,17 +79,17 @@ func (f file) write(t *tar.Writer, name string, at time.Time) error {
 			h.Mode = 0o1777
 		}
 		return t.WriteHeader(h)
-	case f.link != "":
-		h.Typeflag, h.Linkname, h.Mode = tar.TypeSymlink, f.link, 0o777
+	case f.Link != "":
+		h.Typeflag, h.Linkname, h.Mode = tar.TypeSymlink, f.Link, 0o777
 		return t.WriteHeader(h)
 	}
-	content := f.content
-	if f.from != "" {
-		info, err := os.Stat(f.from)
+	content := f.Content
+	if f.From != "" {
+		info, err := os.Stat(f.From)
 		if err != nil {
 			return err
 		}
-		if content, err = os.ReadFile(f.from); err != nil {
+		if content, err = os.ReadFile(f.From); err != nil {
 			return err
 		}
 		if info.Mode().Perm()&0o111 != 0 {

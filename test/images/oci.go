@@ -1,4 +1,4 @@
-package main
+package images
 
 import (
 	"encoding/json"
@@ -50,7 +50,7 @@ func (o layout) putJSON(mediaType string, v any) (descriptor, error) {
 }
 
 // putImage writes one platform's image.
-func (o layout) putImage(i image, arch string, layers []blob, at time.Time) (descriptor, error) {
+func (o layout) putImage(i Image, arch string, layers []blob, at time.Time) (descriptor, error) {
 	var parts []descriptor
 	var diffs []string
 	for _, l := range layers {
@@ -60,14 +60,7 @@ func (o layout) putImage(i image, arch string, layers []blob, at time.Time) (des
 		}
 		parts, diffs = append(parts, d), append(diffs, l.diffID)
 	}
-	config, err := o.putJSON(typeConfig, map[string]any{
-		"created": at, "architecture": arch, "os": "linux",
-		"config": map[string]any{
-			"Entrypoint": []string{"/usr/bin/" + i.name}, "User": i.user, "Labels": i.labels,
-			"Env": append([]string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, i.env...),
-		},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": diffs},
-	})
+	config, err := o.putJSON(typeConfig, i.config(arch, diffs, at))
 	if err != nil {
 		return config, err
 	}

@@ -1,4 +1,4 @@
-package main
+package images
 
 import (
 	"bufio"
@@ -57,7 +57,7 @@ func programFolders() []string { return []string{"/usr/sbin", "/usr/bin", "/sbin
 
 // add puts a file of the tree into a layer, with what a link leads to and with
 // the libraries that a program needs.
-func (t *tree) add(l layer, name string) error {
+func (t *tree) add(l Layer, name string) error {
 	if _, ok := l[name]; ok {
 		return nil
 	}
@@ -66,14 +66,14 @@ func (t *tree) add(l layer, name string) error {
 		return err
 	}
 	if info.Mode()&fs.ModeSymlink == 0 {
-		l[name] = file{from: t.on(name)}
+		l[name] = File{From: t.on(name)}
 		return t.addNeeded(l, t.on(name))
 	}
 	target, err := os.Readlink(t.on(name))
 	if err != nil {
 		return err
 	}
-	l[name] = file{link: target}
+	l[name] = File{Link: target}
 	if !path.IsAbs(target) {
 		target = path.Join(path.Dir(name), target)
 	}
@@ -82,7 +82,7 @@ func (t *tree) add(l layer, name string) error {
 
 // addNeeded puts the libraries and the loader of a program, which may be none of
 // the tree's, into a layer.
-func (t *tree) addNeeded(l layer, program string) error {
+func (t *tree) addNeeded(l Layer, program string) error {
 	needed, err := libraries.Needed(program)
 	if err != nil {
 		return err
@@ -100,7 +100,7 @@ func (t *tree) addNeeded(l layer, program string) error {
 }
 
 // packages are those whose files are in a layer, sorted.
-func (t *tree) packages(l layer) []string {
+func (t *tree) packages(l Layer) []string {
 	names := map[string]bool{}
 	for name := range l {
 		if p, ok := t.owner[name]; ok {
@@ -112,9 +112,9 @@ func (t *tree) packages(l layer) []string {
 
 // addPapers puts what belongs to the packages of a layer into it: licences, and
 // what scanners read of packages in images without dpkg.
-func (t *tree) addPapers(l layer) error {
+func (t *tree) addPapers(l Layer) error {
 	for _, p := range t.packages(l) {
-		l["/var/lib/dpkg/status.d/"+p] = file{from: filepath.Join(t.dir, "control", p)}
+		l["/var/lib/dpkg/status.d/"+p] = File{From: filepath.Join(t.dir, "control", p)}
 		copyright := "/usr/share/doc/" + p + "/copyright"
 		real, err := filepath.EvalSymlinks(t.on(copyright))
 		if errors.Is(err, fs.ErrNotExist) {
@@ -123,7 +123,7 @@ func (t *tree) addPapers(l layer) error {
 		if err != nil {
 			return err
 		}
-		l[copyright] = file{from: real}
+		l[copyright] = File{From: real}
 	}
 	return nil
 }
