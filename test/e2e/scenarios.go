@@ -54,6 +54,8 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 	)
 	s.thorough(upgradeText, func() (string, error) { return t.upgrade(ctx) })
 	s.thorough(downgradeText, func() (string, error) { return t.downgrade(ctx) })
+	// By itself, and before others leave something to clean up.
+	s.thorough("from claim to running pod, encrypted and not", func() (string, error) { return t.latency(ctx) })
 	beside(
 		func() { t.data(ctx, s) },
 		func() {
@@ -65,7 +67,6 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 			s.thorough(suiteText+", a selection", func() (string, error) { return t.selected(ctx) })
 		},
 	)
-	s.thorough("from claim to running pod, encrypted and not", func() (string, error) { return t.latency(ctx) })
 	beside(
 		func() {
 			s.scenario("the plugin is killed while it stages: the next one goes on", func() (string, error) { return "", t.pluginKilled(ctx) })
