@@ -74,18 +74,16 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 		func() {
 			s.thorough("a volume with integrity loses its pod and its plugin while it initialises in the background", func() (string, error) { return t.initialises(ctx) })
 		},
+	)
+	beside(
+		func() {
+			s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
+		},
 		func() {
 			s.thorough("drop-in under the vendor's name: an unencrypted volume stays, a new one is encrypted, keys are outside of the cluster", func() (string, error) { return t.dropIn(ctx) })
 		},
 	)
-	beside(
-		func() {
-			s.scenario("kubelet is killed with volumes in use: pods go on, and volumes come and go", func() (string, error) { return t.kubeletRestarted(ctx) })
-		},
-		func() {
-			s.scenario("the key service is away: the pod waits and says why; back again: the pod starts by itself", func() (string, error) { return t.keyServiceAway(ctx) })
-		},
-	)
+	s.scenario("kubelet is killed with volumes in use: pods go on, and volumes come and go", func() (string, error) { return t.kubeletRestarted(ctx) })
 	s.scenario("the whole cluster loses its power: every pod has its volume again, no hand touched it", func() (string, error) { return t.powerCut(ctx) })
 	beside(
 		func() {
