@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -22,6 +23,14 @@ const (
 // installVendor installs what a cluster has before cryptcsi comes: a driver, and
 // the snapshot controller.
 func (c *controlPlane) installVendor(ctx context.Context) error {
+	// A pod of nobody needs it, and the controller manager makes it when it has begun.
+	err := c.await(ctx, time.Minute, "the service account of kube-system", func(ctx context.Context) error {
+		_, err := c.client.CoreV1().ServiceAccounts(metav1.NamespaceSystem).Get(ctx, "default", metav1.GetOptions{})
+		return err
+	})
+	if err != nil {
+		return err
+	}
 	tools := filepath.Dir(filepath.Dir(c.site.kub))
 	crds := filepath.Join(tools, "snapshot-crds")
 	if err := c.apply(ctx, crds); err != nil {
