@@ -134,6 +134,8 @@ func TestApply(t *testing.T) {
 		}
 		// A cluster has one of the overlays, and their classes have one name.
 		must(t, "classes", c.Client.StorageV1().StorageClasses().DeleteCollection(t.Context(), metav1.DeleteOptions{}, metav1.ListOptions{}))
+		// Jobs cannot be changed, and go by themselves when they are done.
+		must(t, "jobs", c.Client.BatchV1().Jobs(namespace).DeleteCollection(t.Context(), metav1.DeleteOptions{PropagationPolicy: new(metav1.DeletePropagationBackground)}, metav1.ListOptions{}))
 	}
 }
 
