@@ -1,7 +1,6 @@
 package luks2
 
 import (
-	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/rand"
@@ -138,12 +137,9 @@ func backupCipher(key secret.Bytes) (cipher.AEAD, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer clear(derived)
-	block, err := aes.NewCipher(derived)
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCM(block)
+	own := secret.Take(derived)
+	defer own.Wipe()
+	return secret.AEAD(own, cipher.NewGCM)
 }
 
 // Token returns the token of the header that is made from b: that of a finished

@@ -44,7 +44,6 @@ package cluster
 
 import (
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
 	"encoding/hex"
 	"net/url"
@@ -188,13 +187,7 @@ func (p *pair) aead() (cipher.AEAD, error) {
 	if p.wrapKey.Len() == 0 {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "the wrapping key was wiped: the KEK is closed")
 	}
-	var block cipher.Block
-	var err error
-	secret.Do(func() { block, err = aes.NewCipher(p.wrapKey.Expose()) })
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCMWithRandomNonce(block)
+	return secret.AEAD(p.wrapKey, cipher.NewGCMWithRandomNonce)
 }
 
 func (p *pair) wipe() {
@@ -209,9 +202,11 @@ func (b *Backend) Wrap(_ context.Context, plaintext, aad []byte) (kms.Wrapped, e
 	if err != nil {
 		return kms.Wrapped{}, err
 	}
-	w := kms.Wrapped{KeyID: b.current.keyID, Mechanism: Mechanism}
-	secret.Do(func() { w.Ciphertext = aead.Seal(nil, nil, plaintext, aad) })
-	return w, nil
+	return kms.Wrapped{
+		Ciphertext: aead.Seal(nil, nil, plaintext, aad),
+		KeyID:      b.current.keyID,
+		Mechanism:  Mechanism,
+	}, nil
 }
 
 // Unwrap unwraps with the pair that w's key ID names.
@@ -230,8 +225,7 @@ func (b *Backend) Unwrap(_ context.Context, w kms.Wrapped, aad []byte) ([]byte, 
 	if err != nil {
 		return nil, err
 	}
-	var plaintext []byte
-	secret.Do(func() { plaintext, err = aead.Open(nil, nil, w.Ciphertext, aad) })
+	plaintext, err := aead.Open(nil, nil, w.Ciphertext, aad)
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the wrapped key does not verify for this ID: it was damaged, or moved from another ID")
 	}

@@ -110,7 +110,6 @@ package kmip
 import (
 	"bytes"
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
 	"errors"
@@ -389,9 +388,7 @@ func (b *Backend) seal(ctx context.Context, id string, plaintext, aad []byte) ([
 	}
 	iv := make([]byte, ivSize, ivSize+len(plaintext)+tagSize)
 	_, _ = rand.Read(iv)
-	var c []byte
-	secret.Do(func() { c = aead.Seal(iv, iv, plaintext, aad) })
-	return c, nil
+	return aead.Seal(iv, iv, plaintext, aad), nil
 }
 
 // open is decrypt with the KEK in our hands.
@@ -400,8 +397,7 @@ func (b *Backend) open(ctx context.Context, id string, c, aad []byte) ([]byte, e
 	if err != nil {
 		return nil, err
 	}
-	var plaintext []byte
-	secret.Do(func() { plaintext, err = aead.Open(nil, c[:ivSize], c[ivSize:], aad) })
+	plaintext, err := aead.Open(nil, c[:ivSize], c[ivSize:], aad)
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the wrapped key does not verify for this ID: it was damaged, or moved from another ID")
 	}
@@ -433,10 +429,5 @@ func (b *Backend) export(ctx context.Context, id string) (cipher.AEAD, error) {
 	case err != nil || !v.aes256 || kek.Len() != 32:
 		return nil, errdefs.Errorf(errdefs.ErrState, "the server gave something else than a raw AES-256 key for %s", id)
 	}
-	var block cipher.Block
-	secret.Do(func() { block, err = aes.NewCipher(kek.Expose()) })
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCM(block)
+	return secret.AEAD(kek, cipher.NewGCM)
 }

@@ -30,7 +30,6 @@ package static
 
 import (
 	"context"
-	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -101,13 +100,7 @@ func (b *Backend) aead(keyID string) (cipher.AEAD, error) {
 	if !ok {
 		return nil, errdefs.Errorf(errdefs.ErrDenied, "the key was wrapped under %.64q and this one is %s: give the older one as %s", keyID, b.now, previousFile)
 	}
-	var block cipher.Block
-	var err error
-	secret.Do(func() { block, err = aes.NewCipher(key.Expose()) })
-	if err != nil {
-		return nil, err
-	}
-	return cipher.NewGCMWithRandomNonce(block)
+	return secret.AEAD(key, cipher.NewGCMWithRandomNonce)
 }
 
 // Wrap wraps under the current key.
@@ -116,9 +109,7 @@ func (b *Backend) Wrap(_ context.Context, plaintext, aad []byte) (kms.Wrapped, e
 	if err != nil {
 		return kms.Wrapped{}, err
 	}
-	w := kms.Wrapped{KeyID: b.now, Mechanism: Mechanism}
-	secret.Do(func() { w.Ciphertext = aead.Seal(nil, nil, plaintext, aad) })
-	return w, nil
+	return kms.Wrapped{Ciphertext: aead.Seal(nil, nil, plaintext, aad), KeyID: b.now, Mechanism: Mechanism}, nil
 }
 
 // Unwrap unwraps with the key that w's key ID names.
@@ -130,8 +121,7 @@ func (b *Backend) Unwrap(_ context.Context, w kms.Wrapped, aad []byte) ([]byte, 
 	if err != nil {
 		return nil, err
 	}
-	var plaintext []byte
-	secret.Do(func() { plaintext, err = aead.Open(nil, nil, w.Ciphertext, aad) })
+	plaintext, err := aead.Open(nil, nil, w.Ciphertext, aad)
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrCorrupt, "the wrapped key does not verify for this ID: it was damaged, or moved from another ID")
 	}
