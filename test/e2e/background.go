@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/cryptcsi/cryptcsi/driver"
 )
 
 // background is a volume with integrity that is in use long before all of it was
@@ -39,7 +41,7 @@ func (t *tester) initialises(ctx context.Context) (string, error) {
 	return strings.Join(seen, ", "), err
 }
 
-// initialised waits until that has come to its end.
+// initialised waits until that has come to its end, and csi-plugin has said so.
 func (t *tester) initialised(ctx context.Context) (string, error) {
 	far, err := t.hydrated(ctx, "background")
 	if err != nil {
@@ -56,7 +58,12 @@ func (t *tester) initialised(ctx context.Context) (string, error) {
 		}
 		return err
 	})
-	return fmt.Sprintf("it was at %s, and at its end %.0f s later", far, time.Since(begin).Seconds()), errors.Join(err, t.returns(ctx, background()))
+	if err != nil {
+		return "", err
+	}
+	took := time.Since(begin)
+	said, err := t.says(ctx, "background", driver.ReasonInitialised, "all of the volume is initialised")
+	return fmt.Sprintf("it was at %s, and at its end %.0f s later: %s", far, took.Seconds(), said), errors.Join(err, t.returns(ctx, background()))
 }
 
 // hydrated is how far the volume of a claim is initialised, as csi-plugin

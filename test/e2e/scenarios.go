@@ -247,16 +247,7 @@ func (t *tester) keyServiceAway(ctx context.Context) (string, error) {
 	if err := errors.Join(t.down(ctx, w.name), t.scale(ctx, "key-service", 0), t.pod(ctx, w)); err != nil {
 		return "", err
 	}
-	var said string
-	err := t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
-		for line := range strings.Lines(t.events(ctx, w.name)) {
-			if strings.Contains(line, "FailedMount") && strings.Contains(line, "key service") {
-				said = line
-				return nil
-			}
-		}
-		return errors.New(t.events(ctx, w.name))
-	})
+	said, err := t.says(ctx, w.name, "FailedMount", "key service")
 	if err != nil {
 		return "", errors.Join(err, t.scale(ctx, "key-service", 1))
 	}
@@ -273,17 +264,7 @@ func (t *tester) wrongParameter(ctx context.Context) (string, error) {
 	if err := t.claim(ctx, want{name: "wrong", class: "wrong", size: "64Mi"}); err != nil {
 		return "", err
 	}
-	var said string
-	err = t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
-		for line := range strings.Lines(t.events(ctx, "wrong")) {
-			if strings.Contains(line, "ProvisioningFailed") && strings.Contains(line, "cryptcsi.io/integrty") {
-				said = line
-				return nil
-			}
-		}
-		return errors.New(t.events(ctx, "wrong"))
-	})
-	return said, err
+	return t.says(ctx, "wrong", "ProvisioningFailed", "cryptcsi.io/integrty")
 }
 
 func (t *tester) deleted(ctx context.Context) (string, error) {

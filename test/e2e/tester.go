@@ -108,6 +108,23 @@ func (t *tester) events(ctx context.Context, name string) string {
 	return text.String()
 }
 
+// says waits for an event of a pod or claim with that reason and those words,
+// and returns it.
+func (t *tester) says(ctx context.Context, name, reason, words string) (string, error) {
+	var said string
+	err := t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
+		text := t.events(ctx, name)
+		for line := range strings.Lines(text) {
+			if strings.Contains(line, " "+reason+": ") && strings.Contains(line, words) {
+				said = line
+				return nil
+			}
+		}
+		return errors.New(text)
+	})
+	return said, err
+}
+
 // up makes claims and a pod for each, and waits for the pods.
 func (t *tester) up(ctx context.Context, wants ...want) error {
 	for _, w := range wants {

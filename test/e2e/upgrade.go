@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
 
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -88,15 +87,7 @@ func (t *tester) refused(ctx context.Context, w want) (said string, err error) {
 	if err := errors.Join(t.down(ctx, w.name), t.pod(ctx, w)); err != nil {
 		return "", err
 	}
-	err = t.await(ctx, patience, "an event that says it", func(ctx context.Context) error {
-		for line := range strings.Lines(t.events(ctx, w.name)) {
-			if strings.Contains(line, "FailedMount") && strings.Contains(line, "record") {
-				said = line
-				return nil
-			}
-		}
-		return errors.New(t.events(ctx, w.name))
-	})
+	said, err = t.says(ctx, w.name, "FailedMount", "record")
 	if err != nil {
 		return "", err
 	}

@@ -426,3 +426,17 @@ func write(t *testing.T, file, content string) {
 	must(t, "folder", os.MkdirAll(filepath.Dir(file), 0o700))
 	must(t, "file", os.WriteFile(file, []byte(content), 0o600))
 }
+
+// eventually tries until there is no error, for half a minute.
+func eventually(t *testing.T, what string, try func() error) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("there is no %s: %v", what, err)
+		}
+	}
+}

@@ -85,19 +85,19 @@ func (u *uninstalling) whichVolumes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			u.volume(t, "pv", v.change)
 			if v.encrypted {
-				u.eventually(t, "refusal", func() error { return refusedOver("pv", u.dry(t)) })
+				eventually(t, "refusal", func() error { return refusedOver("pv", u.dry(t)) })
 				u.held(t, true)
 			} else {
 				// One that is seen after this was.
 				u.volume(t, "pv-last", encrypted)
-				u.eventually(t, "refusal", func() error { return refusedOver("pv-last", u.dry(t)) })
+				eventually(t, "refusal", func() error { return refusedOver("pv-last", u.dry(t)) })
 				u.held(t, true)
 				u.gone(t, "pv-last")
-				u.eventually(t, "permission", func() error { return u.dry(t) })
+				eventually(t, "permission", func() error { return u.dry(t) })
 				u.held(t, false)
 			}
 			u.gone(t, "pv")
-			u.eventually(t, "permission", func() error { return u.dry(t) })
+			eventually(t, "permission", func() error { return u.dry(t) })
 			u.held(t, false)
 		})
 	}
@@ -108,7 +108,7 @@ func (u *uninstalling) whichVolumes(t *testing.T) {
 func (u *uninstalling) refused(t *testing.T) {
 	u.volume(t, "pv-1", encrypted)
 	u.held(t, true)
-	u.eventually(t, "refusal", func() error { return refusedOver("pv-1", u.dry(t)) })
+	eventually(t, "refusal", func() error { return refusedOver("pv-1", u.dry(t)) })
 	for range 2 {
 		var stay, went []string
 		for _, o := range u.objects {
@@ -195,7 +195,7 @@ func (u *uninstalling) manyVolumes(t *testing.T) {
 func (u *uninstalling) noneLeft(t *testing.T) {
 	u.gone(t, "pv-1")
 	for _, kind := range []string{"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"} {
-		u.eventually(t, "the end of the "+kind, func() error {
+		eventually(t, "the end of the "+kind, func() error {
 			if _, err := u.get(t, kind); !apierrors.IsNotFound(err) {
 				return fmt.Errorf("it is there, %w", err)
 			}
@@ -214,12 +214,12 @@ func (u *uninstalling) forced(t *testing.T) {
 	u.apply(t, "../examples/hostpath")
 	u.volume(t, "pv-2", encrypted)
 	u.held(t, true)
-	u.eventually(t, "refusal", func() error { return refusedOver("pv-2", u.dry(t)) })
+	eventually(t, "refusal", func() error { return refusedOver("pv-2", u.dry(t)) })
 	bindings := u.Client.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings()
 	_, err := bindings.Patch(t.Context(), policy, types.MergePatchType, []byte(audit), metav1.PatchOptions{})
 	must(t, "force", err)
 	u.held(t, false)
-	u.eventually(t, "permission", func() error { return u.dry(t) })
+	eventually(t, "permission", func() error { return u.dry(t) })
 	for _, o := range u.objects {
 		must(t, "delete "+o.GetKind()+" "+o.GetName(), u.remove(t, o, metav1.DeleteOptions{}))
 	}
@@ -281,7 +281,7 @@ func refusedOver(volume string, err error) error {
 func (u *uninstalling) held(t *testing.T, want bool) {
 	t.Helper()
 	for _, kind := range []string{"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"} {
-		u.eventually(t, "finalizer", func() error {
+		eventually(t, "finalizer", func() error {
 			o, err := u.get(t, kind)
 			if err == nil && slices.Contains(o.GetFinalizers(), kube.FinalizerVolumes) != want {
 				err = fmt.Errorf("%s has the finalizers %v", kind, o.GetFinalizers())
@@ -304,17 +304,4 @@ func (u *uninstalling) remove(t *testing.T, o *unstructured.Unstructured, option
 	background := metav1.DeletePropagationBackground // as kubectl does
 	options.PropagationPolicy = &background
 	return u.to(t, o).Delete(t.Context(), o.GetName(), options)
-}
-
-func (u *uninstalling) eventually(t *testing.T, what string, try func() error) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		err := try()
-		if err == nil {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("there is no %s: %v", what, err)
-		}
-	}
 }
