@@ -1,4 +1,4 @@
-// Program vm runs a Go test binary, or any command, on a kernel that has
+// Command vm runs a Go test binary, or any command, on a kernel that has
 // device-mapper.
 //
 //	go build -o bin/vm ./test/vm
