@@ -2,10 +2,12 @@ package driver_test
 
 import (
 	"encoding/hex"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/mount-utils"
@@ -164,5 +166,26 @@ func TestProgramsEnd(t *testing.T) {
 				t.Errorf("got %v, want %q", err, wrong)
 			}
 		})
+	}
+}
+
+// TestProgramsSayWhy: of what mkfs prints about a volume that is too small, a
+// person sees the reason and not how mkfs is called.
+func TestProgramsSayWhy(t *testing.T) {
+	for fstype, want := range map[string]string{"xfs": "must be larger than 300MB", "btrfs": "too small"} {
+		kernel.Need(t, "exec:mkfs."+fstype)
+		file := filepath.Join(t.TempDir(), fstype)
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, 32<<20)); err != nil {
+			t.Fatal(err)
+		}
+		err := driver.Linux{}.Make(t.Context(), file, fstype, nil, false)
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "sectlog") || len(err.Error()) > 450 {
+			t.Errorf("%s: %v; want %q", fstype, err, want)
+		}
+	}
+	long := strings.Repeat("a", 301) + strings.Repeat("ü", 300)
+	err := driver.Run(t.Context(), "sh", "-c", "echo begin "+long+" end; exit 1")
+	if text := err.Error(); !strings.Contains(text, "begin") || !strings.Contains(text, "end") || len(text) > 450 || !utf8.ValidString(text) {
+		t.Errorf("of much it says %q", text)
 	}
 }

@@ -104,12 +104,21 @@ func run(ctx context.Context, name string, args ...string) error {
 	case errors.Is(err, exec.ErrNotFound):
 		return errdefs.Errorf(errdefs.ErrInvalid, "%s is not installed in this image", name)
 	}
-	const most = 400
-	text := strings.Join(strings.Fields(string(out)), " ")
-	if len(text) > most {
-		text = "… " + text[len(text)-most:]
+	return fmt.Errorf("%s: %w: %s", name, err, said(string(out)))
+}
+
+// said is what a program printed, in one line: without how it is called, which
+// mkfs.xfs explains after whatever is wrong, and of much the beginning and the end.
+func said(out string) string {
+	if at := strings.Index(out, "\nUsage: "); at >= 0 {
+		out = out[:at]
 	}
-	return fmt.Errorf("%s: %w: %s", name, err, text)
+	const most = 200 // of either
+	text := strings.Join(strings.Fields(out), " ")
+	if len(text) > 2*most {
+		text = strings.ToValidUTF8(text[:most], "") + " … " + strings.ToValidUTF8(text[len(text)-most:], "")
+	}
+	return text
 }
 
 // Where the superblocks lie, and how much of the device to read for them.
