@@ -437,36 +437,6 @@ func (o *operation) setTop(t luks2.Token) error {
 	return unavailable(err)
 }
 
-// verifyTop compares what lies above dm-crypt with what t says.
-func (o *operation) verifyTop(t luks2.Token, s cryptmapper.Stack, differ func(what string, got, want any)) error {
-	differ("linear", s.Lines != nil, o.cloned())
-	if !o.cloned() || s.Lines == nil {
-		return nil
-	}
-	lines, err := o.topLines(t)
-	if err != nil {
-		return err
-	}
-	differ("table", fmt.Sprint(s.Lines), fmt.Sprint(lines))
-	if t.Growing == nil || s.Crypt.Length != t.Growing.Sectors {
-		differ("authenticated size", s.Crypt.Length*512, t.Size+t.Reserved)
-	}
-	differ("discard", discards(s.Top.Number), "0")
-	differ("dm-clone", s.Clone != nil, t.Hydration != nil)
-	if s.Clone == nil || t.Hydration == nil {
-		return nil
-	}
-	length, region := (t.Size-t.Hydration.Start)/512, int64(t.Hydration.Region/512)
-	differ("dm-clone's metadata", s.Clone.Meta, cryptmapper.Line{Length: t.Reserved / 512, Device: s.Lower.Number, Offset: t.Size / 512})
-	differ("dm-clone's destination", s.Clone.Data, cryptmapper.Line{Length: length, Device: s.Lower.Number, Offset: t.Hydration.Start / 512})
-	differ("dm-clone's length", s.Clone.Length, length)
-	differ("dm-clone's region", s.Clone.Region, region)
-	differ("dm-clone's regions", int64(s.Clone.Regions), (length+region-1)/region)
-	differ("dm-clone's metadata can be written", s.Clone.Sound, true)
-	differ("dm-clone's discard", discards(s.Clone.Info.Number), "0")
-	return nil
-}
-
 // settle brings an open mapping to what its header says, where an operation was
 // cut on the way there.
 func (o *operation) settle(dev *device, h *luks2.Header) (*luks2.Header, error) {

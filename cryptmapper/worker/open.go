@@ -1,9 +1,7 @@
 package worker
 
 import (
-	"fmt"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -257,80 +255,6 @@ func (o *operation) notOthers() error {
 		}
 	}
 	return nil
-}
-
-// verify compares what the kernel maps with what the volume must be.
-func (o *operation) verify(dev *device, h *luks2.Header) error {
-	s, err := cryptmapper.ReadStack(o.Volume.Name)
-	if err != nil {
-		return err
-	}
-	var wrong []string
-	differ := func(what string, got, want any) {
-		if got != want {
-			wrong = append(wrong, fmt.Sprintf("%s is %v and must be %v", what, got, want))
-		}
-	}
-	t := h.Token
-	want := cryptmapper.CryptTable{Cipher: o.Spec.Cipher, Device: dev.number, Offset: luks2.DataOffset / 512}
-	keySize := 64
-	if o.Spec.Integrity != dek.IntegrityNone {
-		if s.Integrity == nil || t.Integrity == nil && !o.constellation() {
-			return errdefs.Errorf(errdefs.ErrState, "mapping %s has no integrity layer, its record asks for one", o.Volume.Name)
-		}
-		want = cryptmapper.CryptTable{Cipher: integrityCipher, Device: s.Integrity.Info.Number, Options: []string{integrityOption}}
-		keySize = 96
-		differ("integrity device", s.Integrity.Device, dev.number)
-		differ("integrity offset", s.Integrity.Offset, int64(luks2.DataOffset/512))
-		mode := cryptmapper.ModeJournal
-		if o.direct() {
-			mode = cryptmapper.ModeDirect
-		}
-		differ("integrity mode", s.Integrity.Mode, mode)
-		if o.constellation() {
-			differ("integrity geometry possible", possible(s.Integrity, dev.size), true)
-		} else if got := geometry(s.Integrity); t.Growing == nil || got != grown(t) {
-			differ("integrity geometry", got, *t.Integrity)
-		}
-		differ("integrity sectors enough", s.Integrity.Provided >= s.Integrity.Length, true)
-		differ("integrity options", strings.Join(s.Integrity.Options, " "), integrityLayerOptions)
-		if o.constellation() {
-			differ("size", s.Crypt.Length, s.Integrity.Provided)
-		} else if !o.cloned() {
-			differ("size", s.Crypt.Length*512, t.Size)
-		}
-		if err := o.verifyTop(t, s, differ); err != nil {
-			return err
-		}
-	} else {
-		differ("integrity layer", s.Integrity != nil, false)
-		differ("size at least", s.Crypt.Length*512 >= t.Size, true)
-	}
-	if h.SectorSize() == 4096 {
-		want.Options = append(want.Options, "sector_size:4096")
-	}
-	if o.Spec.Discard {
-		want.Options = append(want.Options, cryptmapper.DiscardOption)
-	}
-	slices.Sort(want.Options)
-	differ("cipher", s.Crypt.Cipher, want.Cipher)
-	differ("key", s.Crypt.Key, fmt.Sprintf(":%d:logon:cryptsetup:%s-d0", keySize, h.Copy.UUID()))
-	differ("IV offset", s.Crypt.IVOffset, want.IVOffset)
-	differ("device", s.Crypt.Device, want.Device)
-	differ("offset", s.Crypt.Offset, want.Offset)
-	differ("options", strings.Join(s.Crypt.Options, " "), strings.Join(want.Options, " "))
-	differ("read-only", s.Top.ReadOnly, o.Volume.ReadOnly)
-	if len(wrong) > 0 {
-		slices.Sort(wrong)
-		return errdefs.Errorf(errdefs.ErrState, "the kernel's mapping %s is not what the volume must be: %s", o.Volume.Name, strings.Join(wrong, "; "))
-	}
-	return nil
-}
-
-// geometry is what the table shows. What the layer could provide beyond that is
-// not the volume's.
-func geometry(i *cryptmapper.IntegrityTable) luks2.Geometry {
-	return luks2.Geometry{Sectors: i.Length, TagSize: i.TagSize, JournalSectors: i.JournalSectors, Interleave: i.Interleave}
 }
 
 // describe returns the mapping as Mapper's callers see it.
