@@ -117,6 +117,12 @@ func Status(name string) (Info, error) {
 // keyring it is part of the table: cryptcsi never makes such a mapping.
 func Table(name string) ([]Target, error) { return targets(name, unix.DM_STATUS_TABLE_FLAG) }
 
+// LoadedTable returns the table that Resume would make the active one, nothing
+// where none was loaded.
+func LoadedTable(name string) ([]Target, error) {
+	return targets(name, unix.DM_STATUS_TABLE_FLAG|unix.DM_QUERY_INACTIVE_TABLE_FLAG)
+}
+
 // TargetStatus returns the targets' own status lines, without flushing.
 func TargetStatus(name string) ([]Target, error) { return targets(name, 0) }
 

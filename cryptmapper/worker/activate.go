@@ -25,12 +25,15 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 	if err := l.remember(dev); err != nil {
 		return err
 	}
+	integrity := o.Spec.Integrity != dek.IntegrityNone
+	if !integrity && luks2.DataOffset+o.dataSize(dev, h) != dev.size {
+		return o.activatePart(dev, h)
+	}
 	d, done, err := o.load(dev, h)
 	if err != nil {
 		return err
 	}
 	defer done()
-	integrity := o.Spec.Integrity != dek.IntegrityNone
 	flags := flagPrivate | flagKeyring | flagIgnorePersistent | extra
 	if o.Volume.ReadOnly && !integrity {
 		flags |= flagReadOnly
@@ -62,6 +65,43 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 		return o.makeReadOnly(d, h)
 	}
 	return nil
+}
+
+// activatePart maps a device that has grown by a part of a sector of ours, which
+// libcryptsetup would map in full and the kernel refuses.
+func (o *operation) activatePart(dev *device, h *luks2.Header) error {
+	name, number := o.Volume.Name, dm.Number{}
+	err := o.keyed(dev, h, func() (err error) {
+		if number, err = dm.Create(name, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"+name); err != nil {
+			return err
+		}
+		return dm.Load(name, []dm.Target{{Length: uint64(o.dataSize(dev, h) / 512), Type: "crypt", Params: o.cryptParams(dev, h)}}, o.Volume.ReadOnly)
+	})
+	if err == nil {
+		err = swap(name)
+	}
+	if err == nil {
+		err = dm.MakeNode(name, number)
+	}
+	if err != nil {
+		_ = dm.Remove(name)
+		return unavailable(fmt.Errorf("opening device %s: %w", dev.number, err))
+	}
+	o.step("mapping activated")
+	return nil
+}
+
+// cryptParams is the table line that libcryptsetup would load for a volume without
+// integrity; verify compares it with what the volume must be.
+func (o *operation) cryptParams(dev *device, h *luks2.Header) string {
+	options := o.performance()
+	if h.SectorSize() != 512 {
+		options = append(options, fmt.Sprintf("sector_size:%d", h.SectorSize()))
+	}
+	if o.Spec.Discard {
+		options = append(options, cryptmapper.DiscardOption)
+	}
+	return fmt.Sprintf("%s :64:logon:cryptsetup:%s-d0 0 %s %d %d %s", o.Spec.Cipher, h.Copy.UUID(), dev.number, luks2.DataOffset/512, len(options), strings.Join(options, " "))
 }
 
 // direct tells whether dm-integrity is to work without its journal.
@@ -190,13 +230,9 @@ func (o *operation) fill(dev *device, h *luks2.Header) (*luks2.Header, error) {
 	if err != nil {
 		return nil, err
 	}
-	sector := int64(512)
-	if strings.Contains(strings.Join(s.Crypt.Options, " "), "sector_size:4096") {
-		sector = 4096
-	}
-	size := (dev.size - luks2.DataOffset) / sector * sector
+	size := o.dataSize(dev, h)
 	if s.Crypt.Length*512 < size {
-		if err := o.grow(dev, h); err != nil {
+		if err := o.grow(dev, h, size); err != nil {
 			return nil, err
 		}
 		o.step("mapping grown")
@@ -207,9 +243,15 @@ func (o *operation) fill(dev *device, h *luks2.Header) (*luks2.Header, error) {
 	return o.update(dev, h, func(t *luks2.Token) { t.Size = size })
 }
 
+// dataSize is what a volume without integrity can have of its device: whole sectors.
+func (o *operation) dataSize(dev *device, h *luks2.Header) int64 {
+	sector := int64(h.SectorSize())
+	return (dev.size - luks2.DataOffset) / sector * sector
+}
+
 // grow lets libcryptsetup reload the table. The key has to be in this thread's
 // keyring again for that.
-func (o *operation) grow(dev *device, h *luks2.Header) error {
+func (o *operation) grow(dev *device, h *luks2.Header, size int64) error {
 	d, done, err := o.load(dev, h)
 	if err != nil {
 		return err
@@ -218,7 +260,7 @@ func (o *operation) grow(dev *device, h *luks2.Header) error {
 	if err := d.activate("", o.key, flagKeyring); err != nil {
 		return classify(err, "fetching the volume key")
 	}
-	if err := d.resize(o.Volume.Name); err != nil {
+	if err := d.resize(o.Volume.Name, size); err != nil {
 		return classify(err, fmt.Sprintf("growing mapping %s", o.Volume.Name))
 	}
 	return nil
@@ -361,21 +403,35 @@ func removeOne(name string) error {
 // removeTemporary removes the mapping that libcryptsetup makes for a moment
 // while it formats an integrity device, if one was left on this device.
 func removeTemporary(n dm.Number) error {
-	all, err := dm.List()
+	left, err := leftOn(n, cryptmapper.TemporaryPrefix)
 	if err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+		return err
 	}
-	for _, m := range all {
-		if !strings.HasPrefix(m.Name, cryptmapper.TemporaryPrefix) {
-			continue
-		}
-		table, err := dm.Table(m.Name)
-		if err != nil || len(table) != 1 || !strings.HasPrefix(table[0].Params, n.String()+" ") {
-			continue
-		}
-		if err := removeOne(m.Name); err != nil {
+	for _, name := range left {
+		if err := removeOne(name); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// leftOn lists the mappings whose names begin like that and that hold the device,
+// be it by a table that was loaded and never became the active one.
+func leftOn(n dm.Number, prefix string) ([]string, error) {
+	all, err := dm.List()
+	if err != nil {
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+	}
+	var left []string
+	for _, m := range all {
+		if !strings.HasPrefix(m.Name, prefix) {
+			continue
+		}
+		active, _ := dm.Table(m.Name) // what is gone by now holds nothing
+		loaded, _ := dm.LoadedTable(m.Name)
+		if slices.ContainsFunc(append(active, loaded...), func(t dm.Target) bool { return slices.Contains(strings.Fields(t.Params), n.String()) }) {
+			left = append(left, m.Name)
+		}
+	}
+	return left, nil
 }

@@ -575,6 +575,84 @@ func TestKernelResizeKeepsSectors(t *testing.T) {
 	}
 }
 
+// TestKernelResizeUnaligned: a device that has grown by a part of a sector of ours
+// does not keep the volume from growing, nor from opening.
+func TestKernelResizeUnaligned(t *testing.T) {
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	f.made(t, "sectors of 4096")
+	reads := func(m cryptmapper.Mapping, size int64) {
+		t.Helper()
+		if got := string(readAt(t, m.Path, 0, 15)); got != "sectors of 4096" || m.Size != size {
+			t.Errorf("%q, %d bytes; want %d", got, m.Size, size)
+		}
+	}
+	resized := func(device, size int64) {
+		t.Helper()
+		kernel.Grow(t, f.v.Device, device)
+		m, err := f.Resize(t.Context(), f.v, f.d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.confirm(m)
+		reads(m, size)
+	}
+	resized(49*mib+512, 33*mib)
+	f.close(t)
+	reads(f.open(t), 33*mib)
+	f.close(t)
+	kernel.Grow(t, f.v.Device, 50*mib+1024) // while it is closed
+	f.v.ReadOnly, f.v.Performance = true, "no_read_workqueue,same_cpu_crypt"
+	reads(f.open(t), 34*mib)
+	f.close(t)
+	f.v.ReadOnly = false
+	if m := f.open(t); m.Performance != "no_read_workqueue,same_cpu_crypt" {
+		t.Errorf("it works as %q", m.Performance)
+	}
+	resized(51*mib+3584, 35*mib)
+	resized(52*mib, 36*mib)
+	f.close(t)
+	reads(f.open(t), 36*mib)
+}
+
+// TestKernelTemporaryLeft: what libcryptsetup was about to use for formatting when
+// it was killed holds the device no longer than to the next call.
+func TestKernelTemporaryLeft(t *testing.T) {
+	for _, resumed := range []bool{false, true} {
+		f := newFixture(t, 64*mib, dek.IntegrityHMAC)
+		var st unix.Stat_t
+		if err := unix.Stat(f.v.Device, &st); err != nil {
+			t.Fatal(err)
+		}
+		name := cryptmapper.TemporaryPrefix + dek.NewUUID()
+		leave := func() {
+			t.Helper()
+			_, err := dm.Create(name, "")
+			if err == nil {
+				err = dm.Load(name, []dm.Target{{Length: 8, Type: "integrity", Params: dm.NumberOf(st.Rdev).String() + " 32768 32 J 1 block_size:4096"}}, false)
+			}
+			if err == nil && resumed {
+				err = dm.Resume(name)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		// Dies while it formats, before there is a mapping.
+		if m, err := newMapper(t, 1).Open(t.Context(), f.v, f.d); err == nil {
+			t.Fatalf("Open = %+v", m)
+		}
+		leave()
+		f.close(t)
+		if _, err := dm.Status(name); !errors.Is(err, dm.ErrNotFound) {
+			t.Errorf("resumed %t: after Close it is there, %v", resumed, err)
+		}
+		_ = dm.Remove(name)
+		leave()
+		f.open(t)
+		f.close(t)
+	}
+}
+
 func TestKernelResizeKilledAtSteps(t *testing.T) {
 	step, stride := sample(t, 2)
 	for ; ; step += stride {

@@ -167,11 +167,11 @@ func (d *luks) activate(name string, key secret.Bytes, flags uint32) error {
 	return d.check("crypt_activate_by_passphrase", r)
 }
 
-// resize lets the active mapping fill its device.
-func (d *luks) resize(name string) error {
+// resize gives the active mapping that many bytes.
+func (d *luks) resize(name string, size int64) error {
 	c := C.CString(name)
 	defer C.free(unsafe.Pointer(c))
-	return d.check("crypt_resize", C.crypt_resize(d.cd, c, 0))
+	return d.check("crypt_resize", C.crypt_resize(d.cd, c, C.uint64_t(size/512)))
 }
 
 // volumeKey returns the volume key; the caller wipes it.

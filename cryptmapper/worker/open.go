@@ -30,7 +30,7 @@ func (o *operation) open(l *lock) (cryptmapper.Mapping, error) {
 	if err := o.clearRemains(dev); err != nil {
 		return cryptmapper.Mapping{}, err
 	}
-	h, err := o.header(dev)
+	h, err := o.header(l, dev)
 	if err != nil {
 		return cryptmapper.Mapping{}, err
 	}
@@ -101,7 +101,7 @@ func (o *operation) raise(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 
 // header returns the header to open the device with: the one on it if it
 // verifies, else a new one where the rules allow to format.
-func (o *operation) header(dev *device) (*luks2.Header, error) {
+func (o *operation) header(l *lock, dev *device) (*luks2.Header, error) {
 	if o.State == dek.Rotating {
 		return o.rotated(dev, dev.file)
 	}
@@ -111,6 +111,9 @@ func (o *operation) header(dev *device) (*luks2.Header, error) {
 	}
 	if found.Header == nil {
 		if err := o.mayFormat(dev, found); err != nil {
+			return nil, err
+		}
+		if err := o.noteFormat(l, dev); err != nil {
 			return nil, err
 		}
 		return o.format(dev)
@@ -125,6 +128,15 @@ func (o *operation) header(dev *device) (*luks2.Header, error) {
 		}
 	}
 	return h, nil
+}
+
+// noteFormat lets close find what a format that is killed leaves on the device. A
+// mapping that is there keeps the note of its own.
+func (o *operation) noteFormat(l *lock, dev *device) error {
+	if _, err := dm.Status(o.Volume.Name); err == nil {
+		return nil
+	}
+	return l.remember(dev)
 }
 
 // want is what the header on the device must say.

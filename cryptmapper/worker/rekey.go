@@ -104,19 +104,12 @@ func (o *operation) notOpen(dev *device) error {
 // removeTrials removes what a killed trial has left on a device: it would keep
 // the volume from being opened in any way.
 func (o *operation) removeTrials(n dm.Number) error {
-	all, err := dm.List()
+	left, err := leftOn(n, trialPrefix)
 	if err != nil {
-		return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+		return err
 	}
-	for _, m := range all {
-		if !strings.HasPrefix(m.Name, trialPrefix) {
-			continue
-		}
-		table, err := dm.Table(m.Name)
-		if err != nil || len(table) != 1 || !slices.Contains(strings.Fields(table[0].Params), n.String()) {
-			continue
-		}
-		if err := o.remove(strings.TrimSuffix(m.Name, cryptmapper.IntegrityName(""))); err != nil {
+	for _, name := range left {
+		if err := o.remove(strings.TrimSuffix(name, cryptmapper.IntegrityName(""))); err != nil {
 			return err
 		}
 	}
