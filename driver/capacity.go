@@ -14,6 +14,7 @@ import (
 // Older kernels take 1/128 of the device for the journal, but not more than
 // 64 MiB; newer ones take less.
 const (
+	sectorMax        = 4096    // a sector of ours: what is left of a device behind the last is of no use
 	minimumData      = 4 << 20 // nodes format nothing smaller
 	integrityRun     = 16 << 20
 	integrityTags    = 128 << 10
@@ -65,7 +66,7 @@ func withCloneArea(size int64) int64 {
 
 // deviceSize is the size of a device whose mapping has at least size bytes.
 func deviceSize(size int64, spec dek.Spec) int64 {
-	size = max(size, minimumData)
+	size = max((size+sectorMax-1)/sectorMax*sectorMax, minimumData)
 	if spec.Integrity == dek.IntegrityNone {
 		return size + headerArea
 	}
@@ -85,11 +86,10 @@ func usableSize(device int64, spec dek.Spec) int64 {
 		return device
 	}
 	if spec.Integrity == dek.IntegrityNone {
-		return max(0, device-headerArea)
+		return max(0, device-headerArea) / sectorMax * sectorMax
 	}
-	const step = 4096
-	n := sort.Search(int(max(0, device)/step)+1, func(n int) bool { return deviceSize(int64(n)*step, spec) > device })
-	return max(0, int64(n)-1) * step
+	n := sort.Search(int(max(0, device)/sectorMax)+1, func(n int) bool { return deviceSize(int64(n)*sectorMax, spec) > device })
+	return max(0, int64(n)-1) * sectorMax
 }
 
 // deviceRange is the range to ask the wrapped driver for. ErrInvalid where the

@@ -333,7 +333,7 @@ func TestCapacityArithmetic(t *testing.T) {
 	for _, spec := range specs() {
 		for _, size := range sizes {
 			device := driver.DeviceSize(size, spec)
-			if got := driver.UsableSize(device, spec); got < size/4096*4096 || driver.DeviceSize(got/4096*4096, spec) > device {
+			if got := driver.UsableSize(device, spec); got < size || device%4096 != 0 || driver.DeviceSize(got, spec) > device {
 				t.Fatalf("%+v: %d bytes take %d, of which %d can be used", spec, size, device, got)
 			}
 			if spec.Integrity != dek.IntegrityNone && size > 1<<30 && float64(device) > 1.09*float64(size) {
@@ -668,7 +668,7 @@ func overhead(t *testing.T, key string, spec dek.Spec, size int64) {
 			t.Fatalf("cryptsetup %v: %v\n%s", args, err, out)
 		}
 	}
-	device := kernel.Loop(t, (driver.DeviceSize(size, spec)+4095)/4096*4096)
+	device := kernel.Loop(t, driver.DeviceSize(size, spec))
 	args := []string{"luksFormat", "-q", "--type=luks2", "--cipher=aes-xts-plain64", "--sector-size=4096", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--key-file=" + key}
 	if spec.Integrity != dek.IntegrityNone {
 		args = append(args, "--integrity="+string(spec.Integrity), "--integrity-no-wipe")
@@ -684,7 +684,7 @@ func overhead(t *testing.T, key string, spec dek.Spec, size int64) {
 		mapped.Size -= driver.CloneArea(mapped.Size)
 	}
 	t.Logf("%d bytes usable, %d more than asked for", mapped.Size, mapped.Size-size)
-	if mapped.Size < size || mapped.Size < driver.UsableSize(driver.DeviceSize(size, spec), spec)/4096*4096 {
+	if mapped.Size < size || mapped.Size < driver.UsableSize(driver.DeviceSize(size, spec), spec) {
 		t.Errorf("%d bytes were asked for, %d are there", size, mapped.Size)
 	}
 	if mapped.Size > max(size, 4*mib)+16*mib+size/500 || spec.Layout == "" && mapped.Size > max(size, 4*mib)+3*mib+size/500 {
