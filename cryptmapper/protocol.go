@@ -105,11 +105,11 @@ var classes = map[string]error{
 	"unavailable": errdefs.ErrUnavailable,
 }
 
-// SetError puts err into the reply.
+// SetError puts err into the reply, with its class.
 func (r *Reply) SetError(err error) {
 	r.Error = err.Error()
 	for name, class := range classes {
-		if errors.Is(err, class) {
+		if errdefs.Class(err) == class {
 			r.Class = name
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
+	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/secret"
 )
 
@@ -39,5 +40,18 @@ func TestWriteRequestToAQuickWorker(t *testing.T) {
 			t.Errorf("%s: %v; read to its end: %v", what, err, q.gone)
 		}
 		keys.Wipe()
+	}
+}
+
+// TestReplyClass: of an error that wraps one of another class the outer class
+// arrives, every time.
+func TestReplyClass(t *testing.T) {
+	err := errdefs.Errorf(errdefs.ErrState, "hydrating, and %w", errdefs.Errorf(errdefs.ErrUnavailable, "no dm-clone"))
+	for range 100 {
+		var r cryptmapper.Reply
+		r.SetError(err)
+		if got := r.Err(); errdefs.Class(got) != errdefs.ErrState || got.Error() != err.Error() {
+			t.Fatalf("%v of class %v", got, errdefs.Class(got))
+		}
 	}
 }

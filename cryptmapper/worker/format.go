@@ -181,13 +181,40 @@ func flush(path string) error {
 	return nil
 }
 
-// probe fails where the device carries any signature.
+// Where blkid looks on a device: VMFS lies farthest from the beginning, at 2 MiB,
+// and ZFS from the end, at 512 KiB.
+const (
+	signaturesHead = 2<<20 + 64<<10
+	signaturesTail = 1 << 20
+)
+
+// probe fails where the device carries any signature, or where one would lie that
+// cannot be read: to blkid that is as good as blank.
 func (d *device) probe() error {
+	if err := d.readable(); err != nil {
+		return err
+	}
 	what, err := d.signature()
 	if err == nil && what != "" {
 		err = errdefs.Errorf(errdefs.ErrState, "device %s is to be formatted, but holds %s; it will not be touched: wipe it by hand if it is the right one and holds nothing", d.number, what)
 	}
 	return err
+}
+
+// readable fails unless blkid can read from the device what it looks at.
+func (d *device) readable() error {
+	file, err := d.direct(unix.O_RDONLY)
+	if err == nil {
+		defer func() { _ = file.Close() }()
+		_, err = file.ReadAt(aligned(int(min(signaturesHead, d.size))), 0)
+	}
+	if tail := min(signaturesTail, d.size); err == nil {
+		_, err = file.ReadAt(aligned(int(tail)), d.size-tail)
+	}
+	if err != nil {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "device %s is to be formatted, but it cannot be seen whether it holds anything: %w; it will not be touched", d.number, err)
+	}
+	return nil
 }
 
 // signature names what the device carries of that which blkid knows: a
@@ -202,7 +229,7 @@ func (d *device) signature() (string, error) {
 		return signature(out), nil
 	case !errors.As(err, &exit):
 		return "", errdefs.Errorf(errdefs.ErrUnavailable, "looking for signatures on device %s: %w", d.number, err)
-	case exit.ExitCode() == 2: // nothing found; that the device can be read was seen before
+	case exit.ExitCode() == 2: // nothing found, or nothing that could be read
 		return "", nil
 	case exit.ExitCode() == 8:
 		return "several signatures", nil

@@ -575,6 +575,32 @@ func TestKernelResizeKeepsSectors(t *testing.T) {
 	}
 }
 
+// TestKernelUnreadableSignature: a disk whose end cannot be read is not formatted,
+// because what may be there would not be seen.
+func TestKernelUnreadableSignature(t *testing.T) {
+	for name, bad := range map[string]int64{"end": 64*mib - 4096, "beginning": 2*mib + 4096} {
+		t.Run(name, func(t *testing.T) {
+			f := newFixture(t, 64*mib, dek.IntegrityNone)
+			kernel.Need(t, "exec:dmsetup")
+			disk := f.v.Device
+			f.v.Device = dm.Path("unreadable")
+			table := fmt.Sprintf("0 %d linear %s 0\n%d 8 error\n", bad/512, disk, bad/512)
+			if rest := (64*mib - bad - 4096) / 512; rest > 0 {
+				table += fmt.Sprintf("%d %d linear %s %d\n", bad/512+8, rest, disk, bad/512+8)
+			}
+			run(t, []byte(table), "dmsetup", "create", "unreadable")
+			t.Cleanup(func() { _ = dm.Remove("unreadable") })
+			if _, err := f.Open(t.Context(), f.v, f.d); !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "will not be touched") {
+				t.Errorf("Open: %v", err)
+			}
+			f.close(t)
+			if got := readAt(t, disk, 0, 17*mib); !bytes.Equal(got, make([]byte, 17*mib)) {
+				t.Error("it was written to")
+			}
+		})
+	}
+}
+
 // TestKernelResizeUnaligned: a device that has grown by a part of a sector of ours
 // does not keep the volume from growing, nor from opening.
 func TestKernelResizeUnaligned(t *testing.T) {
