@@ -109,7 +109,7 @@ var classes = map[string]error{
 func (r *Reply) SetError(err error) {
 	r.Error = err.Error()
 	for name, class := range classes {
-		if errdefs.Class(err) == class {
+		if errors.Is(errdefs.Class(err), class) {
 			r.Class = name
 		}
 	}

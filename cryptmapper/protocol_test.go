@@ -2,6 +2,7 @@ package cryptmapper_test
 
 import (
 	"bytes"
+	"errors"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -50,7 +51,7 @@ func TestReplyClass(t *testing.T) {
 	for range 100 {
 		var r cryptmapper.Reply
 		r.SetError(err)
-		if got := r.Err(); errdefs.Class(got) != errdefs.ErrState || got.Error() != err.Error() {
+		if got := r.Err(); !errors.Is(errdefs.Class(got), errdefs.ErrState) || got.Error() != err.Error() {
 			t.Fatalf("%v of class %v", got, errdefs.Class(got))
 		}
 	}
