@@ -46,6 +46,8 @@ func newObject(kind string) any {
 	switch kind {
 	case "v1/Namespace":
 		return &corev1.Namespace{}
+	case "v1/ResourceQuota":
+		return &corev1.ResourceQuota{}
 	case "v1/ServiceAccount":
 		return &corev1.ServiceAccount{}
 	case "v1/PersistentVolumeClaim":
@@ -312,6 +314,32 @@ func TestDaemonSets(t *testing.T) {
 			}
 			checkPlugin(t, pod, container(t, set.Spec.Template.Spec, "csi-plugin"))
 		})
+	}
+}
+
+// TestCriticalPodsHaveAQuota: without one of their namespace some clusters, GKE among
+// them, create no pod of these classes. The quota itself limits nothing.
+func TestCriticalPodsHaveAQuota(t *testing.T) {
+	for _, dir := range kustomizations(t) {
+		if strings.HasPrefix(dir, "base/") {
+			continue // a part, which is nowhere without the namespace
+		}
+		objects := build(t, dir)
+		admitted := map[string][]string{} // by namespace
+		for _, q := range of[*corev1.ResourceQuota](objects) {
+			if n := q.Spec.Hard.Pods().Value(); n < 1e9 || len(q.Spec.Hard) != 1 || q.Spec.ScopeSelector == nil || len(q.Spec.ScopeSelector.MatchExpressions) != 1 {
+				t.Fatalf("%s: quota %s: %+v", dir, q.Name, q.Spec)
+			}
+			admitted[q.Namespace] = q.Spec.ScopeSelector.MatchExpressions[0].Values
+		}
+		for _, o := range objects {
+			for _, pod := range pods([]any{o}) {
+				class, namespace := pod.Spec.PriorityClassName, o.(metav1.Object).GetNamespace()
+				if strings.HasPrefix(class, "system-") && !slices.Contains(admitted[namespace], class) {
+					t.Errorf("%s: no quota of namespace %s has pods of %s", dir, namespace, class)
+				}
+			}
+		}
 	}
 }
 

@@ -61,7 +61,7 @@ func TestUninstallGuard(t *testing.T) {
 // kindsOf are those whose deletion a policy sees.
 func kindsOf(p *admissionv1.ValidatingAdmissionPolicy) map[string]bool {
 	kinds := map[string]string{
-		"namespaces": "Namespace", "secrets": "Secret", "configmaps": "ConfigMap", "serviceaccounts": "ServiceAccount", "services": "Service",
+		"namespaces": "Namespace", "resourcequotas": "ResourceQuota", "secrets": "Secret", "configmaps": "ConfigMap", "serviceaccounts": "ServiceAccount", "services": "Service",
 		"daemonsets": "DaemonSet", "deployments": "Deployment", "cronjobs": "CronJob", "networkpolicies": "NetworkPolicy",
 		"poddisruptionbudgets": "PodDisruptionBudget", "csidrivers": "CSIDriver",
 		"roles": "Role", "rolebindings": "RoleBinding", "clusterroles": "ClusterRole", "clusterrolebindings": "ClusterRoleBinding",

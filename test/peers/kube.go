@@ -51,8 +51,9 @@ type APIServer struct {
 	cmd  *exec.Cmd
 }
 
-// Kube starts an API server, which takes some seconds: share it.
-func Kube(t testing.TB) *APIServer {
+// Kube starts an API server, with flags beside its own, which takes some seconds:
+// share it.
+func Kube(t testing.TB, flags ...string) *APIServer {
 	t.Helper()
 	program := Program(t, "kube")
 	s := &APIServer{t: t, dir: t.TempDir(), ca: NewCA(t), etcd: Addr(t)}
@@ -80,6 +81,7 @@ func Kube(t testing.TB) *APIServer {
 		"--service-account-signing-key-file=" + accounts,
 		"--service-cluster-ip-range=10.0.0.0/24", "--endpoint-reconciler-type=none", "--allow-privileged=true", "--shutdown-delay-duration=0", "-v=0",
 	}
+	s.args = append(s.args, flags...)
 	s.Client, err = kubernetes.NewForConfig(s.Config(t, KubeAdmin))
 	must(t, err)
 	s.Run(t)

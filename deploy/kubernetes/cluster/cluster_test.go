@@ -72,9 +72,9 @@ type cluster struct {
 	program string // key-service, once it is built
 }
 
-func start(t *testing.T) *cluster {
+func start(t *testing.T, flags ...string) *cluster {
 	t.Helper()
-	k := peers.Kube(t)
+	k := peers.Kube(t, flags...)
 	groups, err := restmapper.GetAPIGroupResources(k.Client.Discovery())
 	must(t, "what the API server knows", err)
 	d, err := dynamic.NewForConfig(k.Config(t, peers.KubeAdmin))
