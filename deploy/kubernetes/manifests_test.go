@@ -507,6 +507,19 @@ func TestBeside(t *testing.T) {
 	}
 }
 
+// TestVolumesGrow: a claim of any class can be enlarged where a sidecar does that.
+func TestVolumesGrow(t *testing.T) {
+	for _, dir := range append(beside(), "testdata/drop-in-aws-ebs", "testdata/drop-in-gcp-pd") {
+		objects := build(t, dir)
+		container(t, deployment(t, objects, "cryptcsi-controller").Spec.Template.Spec, "csi-resizer")
+		for _, class := range of[*storagev1.StorageClass](objects) {
+			if class.AllowVolumeExpansion == nil || !*class.AllowVolumeExpansion {
+				t.Errorf("%s: volumes of class %s cannot grow", dir, class.Name)
+			}
+		}
+	}
+}
+
 // TestDropIn: under the vendor's name kubelet finds csi-plugin and nobody else,
 // one controller works, and it and the nodes pass the listed volumes through.
 func TestDropIn(t *testing.T) {
