@@ -3,6 +3,7 @@ package kubernetes_test
 import (
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -58,6 +59,18 @@ func TestNodeRules(t *testing.T) {
 			if d.Spec.PodInfoOnMount == nil || !*d.Spec.PodInfoOnMount {
 				t.Errorf("%s: events do not reach pods of %s", dir, d.Name)
 			}
+		}
+	}
+}
+
+// TestEvents: every example with a wrapped driver tells users about their volumes.
+func TestEvents(t *testing.T) {
+	for _, dir := range kustomizations(t) {
+		if !strings.HasPrefix(dir, "examples/") || len(of[*storagev1.CSIDriver](build(t, dir))) == 0 {
+			continue
+		}
+		if plugin := container(t, daemonSet(t, dir).Spec.Template.Spec, "csi-plugin"); !slices.Contains(plugin.Args, "--kubernetes-events") {
+			t.Errorf("%s is without components/events", dir)
 		}
 	}
 }
