@@ -23,6 +23,8 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/selection"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/api/types"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
@@ -505,6 +507,62 @@ func TestBeside(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestNodesWithoutTheVendor: csi-plugin is not put where the vendor's node plugin is
+// not either, and would wait for its folder for ever.
+func TestNodesWithoutTheVendor(t *testing.T) {
+	for _, tt := range []struct {
+		dir, key, value string
+		want            bool
+	}{
+		{"examples/aws-ebs", "eks.amazonaws.com/compute-type", "fargate", false},
+		{"examples/aws-ebs", "eks.amazonaws.com/compute-type", "auto", false},
+		{"examples/aws-ebs", "eks.amazonaws.com/compute-type", "hybrid", false},
+		{"examples/aws-ebs", "eks.amazonaws.com/compute-type", "ec2", true},
+		{"examples/aws-ebs", "kubernetes.io/os", "linux", true},
+		{"testdata/drop-in-aws-ebs", "eks.amazonaws.com/compute-type", "hybrid", false},
+		{"examples/azuredisk", "type", "virtual-kubelet", false},
+		{"examples/azuredisk", "kubernetes.io/os", "linux", true},
+	} {
+		if got := runsOn(t, plugin(t, tt.dir).Spec.Template.Spec, labels.Set{tt.key: tt.value}); got != tt.want {
+			t.Errorf("%s: csi-plugin is put on nodes with %s=%s: %v", tt.dir, tt.key, tt.value, got)
+		}
+	}
+}
+
+// plugin is our DaemonSet, also beside the vendor's.
+func plugin(t *testing.T, dir string) *appsv1.DaemonSet {
+	t.Helper()
+	sets := of[*appsv1.DaemonSet](build(t, dir))
+	i := slices.IndexFunc(sets, func(s *appsv1.DaemonSet) bool { return s.Name == "cryptcsi-node" })
+	if i < 0 {
+		t.Fatalf("%s has no DaemonSet cryptcsi-node", dir)
+	}
+	return sets[i]
+}
+
+// runsOn says whether a pod's affinity allows nodes with these labels.
+func runsOn(t *testing.T, pod corev1.PodSpec, node labels.Set) bool {
+	t.Helper()
+	if pod.Affinity == nil {
+		return true
+	}
+	for _, term := range pod.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms {
+		all := true
+		for _, e := range term.MatchExpressions {
+			operator := map[corev1.NodeSelectorOperator]selection.Operator{corev1.NodeSelectorOpIn: selection.In, corev1.NodeSelectorOpNotIn: selection.NotIn}[e.Operator]
+			r, err := labels.NewRequirement(e.Key, operator, e.Values)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = all && r.Matches(node)
+		}
+		if all {
+			return true
+		}
+	}
+	return false
 }
 
 // TestVolumesGrow: a claim of any class can be enlarged where a sidecar does that.
