@@ -509,6 +509,25 @@ func TestBeside(t *testing.T) {
 	}
 }
 
+// TestNodeOfTheController: EBS's controller, which has no instance metadata in most
+// pods, learns its region from its Node, and may read that.
+func TestNodeOfTheController(t *testing.T) {
+	objects := build(t, "examples/aws-ebs")
+	env := container(t, deployment(t, objects, "cryptcsi-controller").Spec.Template.Spec, "ebs-plugin").Env
+	if !slices.ContainsFunc(env, func(e corev1.EnvVar) bool {
+		return e.Name == "CSI_NODE_NAME" && e.ValueFrom != nil && e.ValueFrom.FieldRef.FieldPath == "spec.nodeName"
+	}) {
+		t.Errorf("CSI_NODE_NAME is not the Node's name: %+v", env)
+	}
+	if !slices.ContainsFunc(of[*rbacv1.ClusterRole](objects), func(r *rbacv1.ClusterRole) bool {
+		return r.Name == "cryptcsi-controller" && slices.ContainsFunc(r.Rules, func(rule rbacv1.PolicyRule) bool {
+			return slices.Contains(rule.Resources, "nodes") && slices.Contains(rule.Verbs, "get")
+		})
+	}) {
+		t.Error("it may not get nodes")
+	}
+}
+
 // TestNodesWithoutTheVendor: csi-plugin is not put where the vendor's node plugin is
 // not either, and would wait for its folder for ever.
 func TestNodesWithoutTheVendor(t *testing.T) {
