@@ -29,7 +29,7 @@ import (
 func byHand() []string {
 	return []string{
 		"Secret cryptcsi-master-secret", // of the demo
-		"Secret cloud-config", "Secret key-service-kmip", "Secret key-service-pkcs11", "ConfigMap key-service-transit", "ConfigMap cryptcsi-plaintext",
+		"Secret cloud-config", "Secret cloud-sa", "Secret key-service-kmip", "Secret key-service-pkcs11", "ConfigMap key-service-transit", "ConfigMap cryptcsi-plaintext",
 	}
 }
 

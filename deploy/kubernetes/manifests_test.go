@@ -509,8 +509,8 @@ func TestBeside(t *testing.T) {
 	}
 }
 
-// TestNodeOfTheController: EBS's controller, which has no instance metadata in most
-// pods, learns its region from its Node, and may read that.
+// TestNodeOfTheController: EBS's controller, where it cannot ask the instance,
+// learns its region from its Node, and may read that.
 func TestNodeOfTheController(t *testing.T) {
 	objects := build(t, "examples/aws-ebs")
 	env := container(t, deployment(t, objects, "cryptcsi-controller").Spec.Template.Spec, "ebs-plugin").Env
@@ -639,6 +639,26 @@ func TestDropIn(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestDropInCredentials: GCE PD's controller in our Deployment finds the same file of
+// the same Secret as in the vendor's.
+func TestDropInCredentials(t *testing.T) {
+	objects := build(t, "testdata/drop-in-gcp-pd")
+	credentials := func(name string) string {
+		pod := deployment(t, objects, name).Spec.Template.Spec
+		c := container(t, pod, "gce-pd-driver")
+		for _, e := range c.Env {
+			if e.Name == "GOOGLE_APPLICATION_CREDENTIALS" {
+				from, file, _ := strings.Cut(nodePath(t, c, e.Value), ":")
+				return volume(pod, from).Secret.SecretName + "/" + file
+			}
+		}
+		return ""
+	}
+	if got, want := credentials("cryptcsi-controller"), credentials("csi-gce-pd-controller"); got != want || want == "" {
+		t.Errorf("ours are %q, the vendor's %q", got, want)
 	}
 }
 
