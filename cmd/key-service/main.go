@@ -204,8 +204,14 @@ func (c *command) parse(least, most int) error {
 
 // open is parse, then it opens what the flags name.
 func (c *command) open(ctx context.Context, least, most int) (*keyconfig.Keys, error) {
+	like := c.Int("like-process", 0, "process ID of a key-service serve, 1 in its container: KMS, stores and what goes with them are as its flags say")
 	if err := c.parse(least, most); err != nil {
 		return nil, err
+	}
+	if *like != 0 {
+		if err := c.likeProcess(*like); err != nil {
+			return nil, err
+		}
 	}
 	if kek, _ := c.keys.Given(); !kek && !strings.HasPrefix(c.Name(), "store ") {
 		return nil, usageError(c.Name() + ": --kms-uri (or --kms-uri-file) is required")
