@@ -67,7 +67,7 @@ func randomSecret(ctx context.Context, c *command) error {
 	if held.Empty() {
 		if marked != "" {
 			return errdefs.Errorf(errdefs.ErrState, "the secret is gone: Secret %s/%s is empty, and there was one that records were made with (ConfigMap %s/%s). "+
-				"Restore it from its backup; another one would open no volume", f.namespace, f.secret, f.markNamespace, f.mark)
+				"Restore it from its backup (docs/operations.md, Restore); another one would open no volume", f.namespace, f.secret, f.markNamespace, f.mark)
 		}
 		if err := fill(ctx, held, names); err != nil {
 			return err
@@ -80,7 +80,8 @@ func randomSecret(ctx context.Context, c *command) error {
 	}
 	is := fingerprint(held, names)
 	if marked != "" && marked != is {
-		return errdefs.Errorf(errdefs.ErrState, "Secret %s/%s is not the one that records were made with (ConfigMap %s/%s): restore the right one from its backup",
+		return errdefs.Errorf(errdefs.ErrState, "Secret %s/%s is not the one that records were made with (ConfigMap %s/%s): restore the right one from its backup; "+
+			"if this is the right one, and that was made by mistake, empty the ConfigMap (docs/operations.md, Restore)",
 			f.namespace, f.secret, f.markNamespace, f.mark)
 	}
 	return mark.Put(ctx, map[string][]byte{"sha256": []byte(is)})

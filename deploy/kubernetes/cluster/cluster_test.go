@@ -86,6 +86,19 @@ func start(t *testing.T, flags ...string) *cluster {
 // what the API server does not know an error, and returns its objects.
 func (c *cluster) apply(t *testing.T, dir string) []*unstructured.Unstructured {
 	t.Helper()
+	all := build(t, dir)
+	for _, o := range all {
+		text, err := o.MarshalJSON()
+		must(t, o.GetName(), err)
+		_, err = c.to(t, o).Patch(t.Context(), o.GetName(), types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", FieldValidation: "Strict"})
+		must(t, fmt.Sprintf("%s: apply %s %s", dir, o.GetKind(), o.GetName()), err)
+	}
+	return all
+}
+
+// build returns the objects of a kustomization.
+func build(t *testing.T, dir string) []*unstructured.Unstructured {
+	t.Helper()
 	built, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
 	must(t, dir, err)
 	var all []*unstructured.Unstructured
@@ -94,9 +107,6 @@ func (c *cluster) apply(t *testing.T, dir string) []*unstructured.Unstructured {
 		must(t, r.GetName(), err)
 		o := &unstructured.Unstructured{}
 		must(t, r.GetName(), o.UnmarshalJSON(text))
-		to := c.to(t, o)
-		_, err = to.Patch(t.Context(), o.GetName(), types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", FieldValidation: "Strict"})
-		must(t, fmt.Sprintf("%s: apply %s %s", dir, o.GetKind(), o.GetName()), err)
 		all = append(all, o)
 	}
 	return all
