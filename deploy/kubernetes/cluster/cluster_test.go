@@ -156,7 +156,7 @@ func TestKeyService(t *testing.T) {
 	objects := c.apply(t, example)
 	c.jobs(t, objects)
 	config := c.as(t, account)
-	addr, tls := c.serve(t, objects, config)
+	addr, tls, _ := c.serve(t, objects, config)
 	c.node(t, "node-1")
 	c.node(t, "node-2")
 
@@ -300,15 +300,18 @@ func (c *cluster) attached(t *testing.T, volume, handle, node string) dek.ID {
 
 // serve runs key-service with the arguments of the Deployment and the file of
 // the ConfigMap, but on free ports of this machine, until the test ends. It
-// returns its address, and the folder with the certificates.
-func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, account *rest.Config) (addr, tls string) {
+// returns its address, the folder with the certificates, and its process ID.
+func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, account *rest.Config) (addr, tls string, pid int) {
 	t.Helper()
-	root, addr, metrics := t.TempDir(), peers.Addr(t), peers.Addr(t)
+	root, metrics := t.TempDir(), peers.Addr(t)
+	addr = peers.Addr(t)
 	etc := filepath.Join(root, "etc/key-service")
 	tls = filepath.Join(etc, "tls")
 	kubeconfig := kubeconfig(t, account)
 	c.secret(t, "key-service-tls", tls)
-	c.secret(t, "cryptcsi-master-secret", filepath.Join(etc, "master"))
+	if slices.ContainsFunc(objects, func(o *unstructured.Unstructured) bool { return o.GetName() == "cryptcsi-master-secret" }) {
+		c.secret(t, "cryptcsi-master-secret", filepath.Join(etc, "master"))
+	}
 	c.configMap(t, "key-service-ca", tls)
 	here := strings.NewReplacer("/etc/key-service", etc, "0.0.0.0:7443", addr, ":9808", metrics)
 	var args []string
@@ -330,9 +333,12 @@ func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, acco
 			args[i] += "?kubeconfig=" + kubeconfig
 		}
 	}
-	peers.Start(t, addr, exec.Command(c.keyService(t), append(args, "--kubeconfig="+kubeconfig)...))
-	ready(t, "http://"+metrics+"/readyz")
-	return addr, tls
+	cmd := exec.Command(c.keyService(t), append(args, "--kubeconfig="+kubeconfig)...)
+	peers.Start(t, addr, cmd)
+	if !slices.Contains(args, "--sealed") {
+		ready(t, "http://"+metrics+"/readyz")
+	}
+	return addr, tls, cmd.Process.Pid
 }
 
 // ready waits until the key service has seen the cluster.

@@ -155,7 +155,7 @@ func TestRenewedWhileServing(t *testing.T) {
 	c.set(t, "key-service-authority", map[string][]byte{"ca.crt": old.Authorities, "ca.key": old.Keys})
 	renew()
 	c.jobs(t, []*unstructured.Unstructured{find(t, objects, "Job", "cryptcsi-master-secret")})
-	addr, files := c.serve(t, objects, c.as(t, account))
+	addr, files, _ := c.serve(t, objects, c.as(t, account))
 	onlyOld := filepath.Join(t.TempDir(), "ca.crt")
 	write(t, onlyOld, string(old.Authorities))
 	status := func(ca string) error {
