@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
@@ -24,6 +25,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -308,10 +310,6 @@ func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, acco
 	etc := filepath.Join(root, "etc/key-service")
 	tls = filepath.Join(etc, "tls")
 	kubeconfig := kubeconfig(t, account)
-	c.secret(t, "key-service-tls", tls)
-	if slices.ContainsFunc(objects, func(o *unstructured.Unstructured) bool { return o.GetName() == "cryptcsi-master-secret" }) {
-		c.secret(t, "cryptcsi-master-secret", filepath.Join(etc, "master"))
-	}
 	c.configMap(t, "key-service-ca", tls)
 	here := strings.NewReplacer("/etc/key-service", etc, "0.0.0.0:7443", addr, ":9808", metrics)
 	var args []string
@@ -323,9 +321,10 @@ func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, acco
 				continue
 			}
 			write(t, filepath.Join(etc, "config/config.yaml"), here.Replace(text))
-		case o.GetKind() == "Deployment":
+		case o.GetKind() == "Deployment" && o.GetName() == "key-service":
 			containers, _, _ := unstructured.NestedSlice(o.Object, "spec", "template", "spec", "containers")
 			args, _, _ = unstructured.NestedStringSlice(containers[0].(map[string]any), "args")
+			c.mounted(t, o, here)
 		}
 	}
 	for i, arg := range args {
@@ -339,6 +338,24 @@ func (c *cluster) serve(t *testing.T, objects []*unstructured.Unstructured, acco
 		ready(t, "http://"+metrics+"/readyz")
 	}
 	return addr, tls, cmd.Process.Pid
+}
+
+// mounted writes what a Deployment's pod has of Secrets.
+func (c *cluster) mounted(t *testing.T, o *unstructured.Unstructured, here *strings.Replacer) {
+	t.Helper()
+	var d appsv1.Deployment
+	must(t, o.GetName(), runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &d))
+	secrets := map[string]string{}
+	for _, v := range d.Spec.Template.Spec.Volumes {
+		if v.Secret != nil {
+			secrets[v.Name] = v.Secret.SecretName
+		}
+	}
+	for _, m := range d.Spec.Template.Spec.Containers[0].VolumeMounts {
+		if secrets[m.Name] != "" {
+			c.secret(t, secrets[m.Name], here.Replace(m.MountPath))
+		}
+	}
 }
 
 // ready waits until the key service has seen the cluster.
