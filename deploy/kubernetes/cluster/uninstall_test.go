@@ -62,8 +62,10 @@ func (u *uninstalling) guard(t *testing.T) {
 	t.Cleanup(func() { stop(); ended.Wait() })
 }
 
-// whichVolumes are encrypted: policy and guard agree about it.
+// whichVolumes are encrypted: policy and guard agree about it, and so does the command
+// of the documentation that lists them.
 func (u *uninstalling) whichVolumes(t *testing.T) {
+	list := documented(t, "## Uninstall", 2)[0]
 	for name, v := range map[string]struct {
 		change    func(*corev1.PersistentVolume)
 		encrypted bool
@@ -84,6 +86,13 @@ func (u *uninstalling) whichVolumes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			u.volume(t, "pv", v.change)
+			want := ""
+			if v.encrypted {
+				want = "pv <none>\n"
+			}
+			if got := (operator{u.cluster, t.TempDir()}).does(t, list); got != want {
+				t.Errorf("what is left: %q, want %q", got, want)
+			}
 			if v.encrypted {
 				eventually(t, "refusal", func() error { return refusedOver("pv", u.dry(t)) })
 				u.held(t, true)
