@@ -66,7 +66,7 @@ func certificate(ctx context.Context, c *command) error {
 	}
 	if held.Empty() && len(publicly.Get("ca.crt")) > 0 && len(serving.Get("tls.crt")) > 0 {
 		return errdefs.Errorf(errdefs.ErrState, "Secret %s and ConfigMap %s hold certificates, and Secret %s no authority that has made them: leave their renewal to whoever made them "+
-			"(component certificates-elsewhere), or delete all three and apply the manifests again", f.serving, f.publicly, f.authority)
+			"(component certificates-elsewhere), or empty the first two and apply the manifests again (docs/operations.md, Upgrade)", f.serving, f.publicly, f.authority)
 	}
 	old := authority.Files{Authorities: held.Get("ca.crt"), Keys: held.Get("ca.key"), Cert: serving.Get("tls.crt"), Key: serving.Get("tls.key")}
 	next, done, err := f.plan.Renew(old, time.Now())

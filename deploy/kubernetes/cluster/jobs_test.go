@@ -76,6 +76,12 @@ func TestJobsFill(t *testing.T) {
 	if !reflect.DeepEqual(c.secret(t, "key-service-tls", t.TempDir()), served) || len(c.secret(t, "cryptcsi-master-secret", t.TempDir())) != 1 {
 		t.Error("a Job that refused has changed something")
 	}
+	commands, rest, _ := strings.Cut(documented(t, "## Upgrade", 1)[0], "kubectl apply") // apply is tried above
+	operator{c, t.TempDir()}.does(t, commands)
+	if out, err := c.job(t, certificate); err != nil || rest == "" {
+		t.Errorf("the Job, after both objects were emptied: %v, %s", err, out)
+	}
+	trusts(t, c.configMap(t, "key-service-ca", t.TempDir())["ca.crt"], c.secret(t, "key-service-tls", t.TempDir()))
 }
 
 // set makes a Secret have these files and no others.
