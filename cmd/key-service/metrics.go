@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,6 +46,20 @@ func (m *measured) watch(s *keyservice.Server, count func(context.Context) (int6
 		defer cancel()
 		n, _ := count(ctx)
 		return float64(n)
+	})
+}
+
+// watchCertificate adds when the certificate ends that a client is shown now.
+func (m *measured) watchCertificate(conf *tls.Config) {
+	m.Gauge("cryptcsi_certificate_expiry_timestamp_seconds", "When the certificate that is served ends, in seconds since 1970; +Inf without TLS.", func() float64 {
+		if conf == nil {
+			return math.Inf(1)
+		}
+		now, err := conf.GetConfigForClient(nil)
+		if err != nil {
+			return 0
+		}
+		return float64(now.Certificates[0].Leaf.NotAfter.Unix())
 	})
 }
 

@@ -154,10 +154,10 @@ type service struct {
 	log     *slog.Logger
 	metrics *measured
 	health  *health.Server
-	follow  *kube.Attachments   // nil: the API server is not asked
-	audit   *os.File            // nil: standard output
-	options []grpc.ServerOption // of TLS
-	served  holder              // what was opened, now or by unseal
+	follow  *kube.Attachments // nil: the API server is not asked
+	audit   *os.File          // nil: standard output
+	tls     *tls.Config       // nil: plaintext
+	served  holder            // what was opened, now or by unseal
 }
 
 func (s *service) close() {
@@ -199,7 +199,7 @@ func (s *service) config(ctx context.Context, c *command) (keyservice.Config, er
 		s.audit, out = file, file
 	}
 	cfg.Audit = slog.New(slog.NewJSONHandler(out, nil))
-	if s.options, err = f.credentials(s.log); err != nil {
+	if s.tls, err = f.tlsConfig(s.log); err != nil {
 		return cfg, err
 	}
 	if f.sealed {
@@ -262,8 +262,11 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 	if err != nil {
 		return err
 	}
-	server := grpcserver.New(grpcserver.Config{Logger: s.log, Observe: s.metrics.RPC, Drain: f.drain, HideRequests: true,
-		Options: append(keyservice.ServerOptions(), s.options...)})
+	options := keyservice.ServerOptions()
+	if s.tls != nil {
+		options = append(options, grpc.Creds(credentials.NewTLS(s.tls)))
+	}
+	server := grpcserver.New(grpcserver.Config{Logger: s.log, Observe: s.metrics.RPC, Drain: f.drain, HideRequests: true, Options: options})
 	keys.Register(server)
 	healthpb.RegisterHealthServer(server, s.health)
 	if f.reflect {
@@ -274,6 +277,7 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	s.metrics.watch(keys, s.served.count)
+	s.metrics.watchCertificate(s.tls)
 	if f.cacheFor > 0 {
 		s.metrics.watchCache(s.served.cacheStats)
 	}
@@ -329,17 +333,12 @@ func (s *service) watchHealth(ctx context.Context, keys *keyservice.Server) {
 	}
 }
 
-// credentials returns gRPC's options for TLS; none for plaintext.
-func (f *serveFlags) credentials(log *slog.Logger) ([]grpc.ServerOption, error) {
+// tlsConfig is nil for plaintext.
+func (f *serveFlags) tlsConfig(log *slog.Logger) (*tls.Config, error) {
 	if f.cert == "" {
 		return nil, nil
 	}
-	var conf *tls.Config
-	conf, err := keyservice.TLSFiles{Cert: f.cert, Key: f.key, ClientCA: f.clientCA, Optional: f.tokenAudience != "", Log: log}.Config()
-	if err != nil {
-		return nil, err
-	}
-	return []grpc.ServerOption{grpc.Creds(credentials.NewTLS(conf))}, nil
+	return keyservice.TLSFiles{Cert: f.cert, Key: f.key, ClientCA: f.clientCA, Optional: f.tokenAudience != "", Log: log}.Config()
 }
 
 func listen(ctx context.Context, address string) (net.Listener, error) {
