@@ -36,11 +36,11 @@ func (Linux) Device(path string) (Device, error) {
 	dev := Device{Number: number(st.Rdev)}
 	dir, err := filepath.EvalSymlinks("/sys/dev/block/" + dev.Number)
 	if err != nil {
-		return Device{}, errdefs.Errorf(errdefs.ErrUnavailable, "the kernel has no device %s any more: %w", dev.Number, err)
+		return Device{}, gone(dev.Number, err)
 	}
 	sectors, err := readNumber(filepath.Join(dir, "size"))
 	if err != nil {
-		return Device{}, err
+		return Device{}, gone(dev.Number, err)
 	}
 	dev.Size = int64(sectors) * 512
 	disk := dir
@@ -52,6 +52,12 @@ func (Linux) Device(path string) (Device, error) {
 	}
 	dev.Holders, err = holders(filepath.Join(dir, "holders"))
 	return dev, err
+}
+
+// gone does not wrap err: that sysfs has no file does not mean that the caller's
+// path leads nowhere.
+func gone(number string, err error) error {
+	return errdefs.Errorf(errdefs.ErrUnavailable, "the kernel has no device %s any more: %v", number, err)
 }
 
 func readNumber(path string) (uint64, error) {

@@ -104,7 +104,7 @@ func (d *Driver) expand(ctx context.Context, v volume, path string, req *csi.Nod
 	if err != nil {
 		return 0, err
 	}
-	if dev.Number != m.Backing {
+	if dev.Number != m.Backing || !st.borrowed(dev) {
 		return 0, errdefs.Errorf(errdefs.ErrState, "mapping %s is on device %s, volume %s is device %s now: unstage and stage it again", m.Name, m.Backing, v.id, dev.Number)
 	}
 	if dev.Size < least && !d.cfg.TolerateUngrown {

@@ -56,6 +56,7 @@ type Mount struct {
 	// device node is bound over a file, of the device that the node names.
 	Device   string
 	Node     bool // a device node bound over a file
+	Stale    bool // what is mounted was removed from where it was bound from
 	FSType   string
 	ReadOnly bool
 }
@@ -64,7 +65,8 @@ type Mount struct {
 type Devices interface {
 	// Device describes the block device whose node is at path, which is not
 	// followed if it is a symbolic link. fs.ErrNotExist where there is nothing,
-	// ErrState where there is something else.
+	// ErrState where there is something else, ErrUnavailable where there is a
+	// node whose device has gone.
 	Device(path string) (Device, error)
 	// Rescan asks the device at path for its size of today.
 	Rescan(ctx context.Context, path string) error

@@ -149,7 +149,7 @@ func (d *Driver) stagedState(v volume) (*state, error) {
 	if err != nil {
 		return nil, err
 	}
-	if dev.Number != m.Backing {
+	if dev.Number != m.Backing || !st.borrowed(dev) {
 		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is on device %s, volume %s is device %s now: unstage and stage it again", m.Name, m.Backing, v.id, dev.Number)
 	}
 	return st, nil

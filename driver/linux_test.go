@@ -28,6 +28,8 @@ func linux(t *testing.T) drivertest.HostHarness {
 		Host:      driver.Linux{},
 		NewDevice: func(t *testing.T, size int64) string { return kernel.Loop(t, size) },
 		Grow:      growLoop,
+		Reuse:     reuseLoop,
+		Unlink:    os.Remove,
 		Use: func(t *testing.T, device string) {
 			f, err := os.OpenFile(device, os.O_WRONLY|os.O_SYNC, 0)
 			if err != nil {
@@ -54,6 +56,27 @@ func growLoop(t *testing.T, device string, size int64) {
 	}
 }
 
+// reuseLoop detaches a loop device and attaches it anew.
+func reuseLoop(t *testing.T, device string) {
+	t.Helper()
+	file, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "loop/backing_file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kernel.Detach(device); err != nil {
+		t.Fatal(err)
+	}
+	backing, err := os.OpenFile(strings.TrimSpace(string(file)), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer backing.Close()
+	again, err := kernel.Attach(backing) // the first that is free
+	if err != nil || again != device {
+		t.Fatalf("attached %s anew as %s, %v", device, again, err)
+	}
+}
+
 func TestKernelMounts(t *testing.T) { drivertest.RunMounts(t, linux(t)) }
 
 func TestKernelFilesystems(t *testing.T) { drivertest.RunFilesystems(t, linux(t)) }
@@ -70,6 +93,9 @@ func TestReadMount(t *testing.T) {
 		}, {
 			`98 28 0:6 /loop0 /var/lib/kubelet/plugins/dev ro,nosuid shared:2 master:1 - devtmpfs udev rw,size=8k`, "udev", "/loop0",
 			driver.Mount{Target: "/var/lib/kubelet/plugins/dev", Device: "0:6", FSType: "devtmpfs", ReadOnly: true},
+		}, {
+			`98 28 0:6 /sdb//deleted /var/lib/kubelet/plugins/dev rw - devtmpfs udev rw`, "udev", "/sdb//deleted",
+			driver.Mount{Target: "/var/lib/kubelet/plugins/dev", Device: "0:6", FSType: "devtmpfs", Stale: true},
 		}, {
 			`99 28 254:0 / /mnt/a\040b\134c rw - xfs /dev/mapper/x ro`, "/dev/mapper/x", "/",
 			driver.Mount{Target: `/mnt/a b\c`, Device: "254:0", FSType: "xfs", ReadOnly: true},

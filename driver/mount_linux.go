@@ -287,6 +287,7 @@ func readMount(info mount.MountInfo) (m Mount, source, root string) {
 		Target: unescape(info.MountPoint), Device: fmt.Sprintf("%d:%d", info.Major, info.Minor), FSType: info.FsType,
 		ReadOnly: slices.Contains(info.MountOptions, "ro") || slices.Contains(info.SuperOptions, "ro"),
 	}
+	m.Stale = strings.HasSuffix(info.Root, "//deleted")
 	return m, unescape(info.Source), unescape(info.Root)
 }
 

@@ -82,6 +82,11 @@ func (p *publishing) stagedMapping() (*state, Mapping, error) {
 	if st == nil || !st.Staged || st.BootID != p.boot || !open || m.Backing != st.Device || st.StagingPath != p.want.StagingPath {
 		return nil, Mapping{}, errdefs.Errorf(errdefs.ErrState, "volume %s is not staged at %s on this node: NodeStageVolume has to come first", p.v.id, p.want.StagingPath)
 	}
+	if _, found, err := p.earlier(p.v, st, m); err != nil {
+		return nil, Mapping{}, err
+	} else if found == borrowLost {
+		return nil, Mapping{}, errdefs.Errorf(errdefs.ErrState, "the device %s of volume %s is gone: NodeStageVolume has to be called again, once no pod of this node uses the volume", st.Device, p.v.id)
+	}
 	if st.AccessType == accessBlock {
 		return st, m, nil
 	}

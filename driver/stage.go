@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"time"
@@ -218,6 +219,9 @@ func (s *staging) staged() (bool, error) {
 	if err != nil || !open || m.Backing != st.Device {
 		return false, unseen(err)
 	}
+	if _, found, err := s.earlier(s.v, st, m); err != nil || found != borrowIntact {
+		return false, unseen(err)
+	}
 	if st.AccessType == accessMount {
 		mounts, err := s.cfg.Mounts.List()
 		if err != nil || !slices.ContainsFunc(at(mounts, st.StagingPath), func(l Mount) bool { return l.Device == m.Number }) {
@@ -272,14 +276,8 @@ func (s *staging) announce(ctx context.Context) error {
 		return err
 	}
 	s.caps = caps
-	st, err := s.load(s.v)
-	if err != nil {
+	if err := s.goOn(ctx); err != nil {
 		return err
-	}
-	if st != nil && (!st.equal(s.want) || st.HandedOver) {
-		if err := s.teardown(ctx, s.v, s.want.StagingPath); err != nil {
-			return err
-		}
 	}
 	if err := os.MkdirAll(s.v.dir, 0o750); err != nil {
 		return err
@@ -287,28 +285,74 @@ func (s *staging) announce(ctx context.Context) error {
 	return s.save(s.v, s.state())
 }
 
+// goOn decides what of an earlier call is gone on with, and removes the rest.
+func (s *staging) goOn(ctx context.Context) error {
+	st, err := s.load(s.v)
+	if err != nil {
+		return err
+	}
+	m, _, err := s.mapping(s.v)
+	if err != nil {
+		return err
+	}
+	dev, found, err := s.earlier(s.v, st, m)
+	if err != nil {
+		return err
+	}
+	asked := st == nil || st.equal(s.want) && !st.HandedOver
+	if asked && (found == borrowNone || found == borrowIntact) {
+		s.dev = dev
+		return nil
+	}
+	err = s.teardown(ctx, s.v, s.want.StagingPath)
+	if found == borrowLost {
+		const gone = "the device that was borrowed for volume %s is gone, or its number has been given to another one"
+		if err != nil {
+			return fmt.Errorf(gone+"; taking down what was made on it: %w", s.v.id, err)
+		}
+		return errdefs.Errorf(errdefs.ErrUnavailable, gone+": what was made on it has been taken down, the next call borrows it anew", s.v.id)
+	}
+	return err
+}
+
 // state is the state file's content as far as it is known by now.
 func (s *staging) state() state {
 	return state{
 		Driver: s.name, VolumeID: s.v.id, DEK: s.v.dek, BootID: s.boot, intent: s.want,
 		InnerStaged: s.caps.has(csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME),
+		Device:      s.dev.Number, DeviceSeq: s.dev.Seq,
 	}
 }
 
-// takeDevice borrows the raw device.
+// takeDevice borrows the raw device, and writes down which one it is.
 func (s *staging) takeDevice(ctx context.Context) error {
 	if err := s.borrow(ctx, s.v, s.req, s.caps); err != nil {
 		return err
 	}
 	dev, err := s.checkBorrowed(ctx, s.v)
-	if many, _ := multiNode(s.want.AccessMode); many && err == nil {
-		// Another node may have let it grow, and then it looks too small here.
-		if err = s.cfg.Devices.Rescan(ctx, s.v.device()); err == nil {
-			dev, err = s.checkBorrowed(ctx, s.v)
+	if err != nil {
+		return err
+	}
+	if s.dev.Number == "" {
+		s.dev = dev
+		if err := s.save(s.v, s.state()); err != nil {
+			return err
 		}
 	}
+	if many, _ := multiNode(s.want.AccessMode); many {
+		// Another node may have let it grow, and then it looks too small here.
+		if err := s.cfg.Devices.Rescan(ctx, s.v.device()); err != nil {
+			return err
+		}
+		if dev, err = s.checkBorrowed(ctx, s.v); err != nil {
+			return err
+		}
+	}
+	if dev.Number != s.dev.Number || dev.Seq != s.dev.Seq {
+		return errdefs.Errorf(errdefs.ErrUnavailable, "the device of volume %s is changing (was %s, is %s): try again", s.v.id, s.dev.Number, dev.Number)
+	}
 	s.dev = dev
-	return err
+	return nil
 }
 
 // fetchKey gets the DEK and checks what its record says against what this node
@@ -589,6 +633,5 @@ func (s *staging) note(context.Context) error {
 	st.Filesystem = s.fs.Type
 	st.Spec = s.key.Spec
 	st.Header = noted(s.m.Header)
-	st.Device, st.DeviceSeq = s.dev.Number, s.dev.Seq
 	return s.save(s.v, st)
 }

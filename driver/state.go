@@ -33,13 +33,16 @@ type state struct {
 	// InnerStaged: the wrapped driver has NodeStageVolume, and was called.
 	InnerStaged bool `json:"inner_staged"`
 
+	// Which device was borrowed, noted before anything is done with it: whoever
+	// finds it later can tell it from another one that got its number.
+	Device    string `json:"device,omitempty"`
+	DeviceSeq uint64 `json:"device_seq,omitempty"`
+
 	// Known when the volume is staged.
 	Staged     bool         `json:"staged"`
 	Filesystem string       `json:"filesystem,omitempty"`
 	Spec       dek.Spec     `json:"spec,omitzero"`
 	Header     dek.HeaderID `json:"header,omitzero"`
-	Device     string       `json:"device,omitempty"`
-	DeviceSeq  uint64       `json:"device_seq,omitempty"`
 
 	// Finishing: a hydrated volume was about to be finished, and that may not be
 	// confirmed yet.
@@ -90,6 +93,11 @@ func (i intent) difference(other intent) string {
 		return differ("read-only", i.ReadOnly, other.ReadOnly)
 	}
 	return ""
+}
+
+// borrowed tells whether dev is the device that was noted.
+func (st *state) borrowed(dev Device) bool {
+	return st.Device == dev.Number && (st.DeviceSeq == dev.Seq || st.DeviceSeq == 0)
 }
 
 // load returns the volume's state, nil where there is none.

@@ -180,6 +180,42 @@ func (d *Driver) borrow(ctx context.Context, v volume, req *csi.NodeStageVolumeR
 	})
 }
 
+// borrowing is what there is of a device that an earlier call borrowed.
+type borrowing int
+
+const (
+	borrowNone    borrowing = iota
+	borrowIntact            // the device that was noted
+	borrowUnnoted           // a device, of which no call lived to note which it is
+	borrowLost              // the device has gone, and its number may be another one's
+)
+
+// earlier looks at what was borrowed. m is the volume's mapping, the zero value
+// where none is open: as long as it is on a device, no other one gets its number.
+func (d *Driver) earlier(v volume, st *state, m Mapping) (Device, borrowing, error) {
+	mounts, err := d.cfg.Mounts.List()
+	if err != nil {
+		return Device{}, borrowNone, err
+	}
+	layers := at(mounts, v.device())
+	dev, err := d.cfg.Devices.Device(v.device())
+	switch {
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, errdefs.ErrState) && len(layers) == 0: // or a file to bind a device upon
+		return Device{}, borrowNone, nil
+	case errors.Is(err, errdefs.ErrUnavailable), errors.Is(err, errdefs.ErrState):
+		return Device{}, borrowLost, nil
+	case err != nil:
+		return Device{}, borrowNone, err
+	case m.Backing == dev.Number && (st == nil || st.Device == "" || st.borrowed(dev)):
+		return dev, borrowIntact, nil
+	case st == nil || st.Device == "" || st.BootID != d.boot:
+		return Device{}, borrowUnnoted, nil
+	case !st.borrowed(dev), dev.Seq == 0 && len(layers) > 0 && layers[len(layers)-1].Stale:
+		return Device{}, borrowLost, nil
+	}
+	return dev, borrowIntact, nil
+}
+
 // asBlock is the capability with which a volume is borrowed.
 func (p Profile) asBlock(c *csi.VolumeCapability, caps nodeCapabilities) *csi.VolumeCapability {
 	block := proto.CloneOf(c)

@@ -54,6 +54,14 @@ func hostHarness(k *drivertest.Kernel) drivertest.HostHarness {
 		Host:      k,
 		NewDevice: func(_ *testing.T, size int64) string { return k.AddDisk(size) },
 		Grow:      func(_ *testing.T, device string, size int64) { k.GrowDisk(device, size) },
+		Reuse: func(t *testing.T, device string) {
+			dev, err := k.Device(device)
+			if err != nil {
+				t.Fatal(err)
+			}
+			k.Reattach(device, dev.Number)
+		},
+		Unlink: k.Unlink,
 		Use: func(t *testing.T, device string) {
 			if err := k.WriteAt(device, []byte("used"), 0); err != nil {
 				t.Fatal(err)

@@ -40,6 +40,10 @@ type Kernel struct {
 	done   map[string]uint64 // requests, by device number
 	count  int
 	broken []string
+
+	// NoSeq: the kernel does not count its disks, as before Linux 5.15. Set it
+	// before use.
+	NoSeq bool
 }
 
 var (
@@ -120,8 +124,45 @@ func (k *Kernel) AddDisk(size int64) string {
 func (k *Kernel) RemoveDisk(path string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	delete(k.disks, k.nodes[path])
+	k.unplug(path)
+}
+
+// unplug removes a device and its node.
+func (k *Kernel) unplug(path string) *disk {
+	d := k.disks[k.nodes[path]]
+	delete(k.disks, d.number)
+	k.unlink(path)
+	return d
+}
+
+// unlink removes a node. Where it is bound, what was removed stays.
+func (k *Kernel) unlink(path string) {
+	for i, m := range k.mounts {
+		k.mounts[i].Stale = m.Stale || m.Node && m.Device == k.nodes[path]
+	}
 	delete(k.nodes, path)
+}
+
+// Unlink removes a device's node, and the file that Alias left.
+func (k *Kernel) Unlink(path string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.unlink(path)
+	return os.Remove(path)
+}
+
+// Reattach detaches a device and attaches it anew, with a number that is not in
+// use: another one of before, or "" for one that never was.
+func (k *Kernel) Reattach(path, number string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	d := k.unplug(path)
+	k.count++
+	if number == "" {
+		number = fmt.Sprintf("7:%d", k.count)
+	}
+	d.number, d.seq = number, uint64(k.count)
+	k.disks[number], k.nodes[path] = d, number
 }
 
 // GrowDisk enlarges a device. The kernel learns of it by a rescan.
@@ -648,6 +689,9 @@ func (k *Kernel) Device(path string) (driver.Device, error) {
 		return driver.Device{}, errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
 	}
 	dev := driver.Device{Number: number, Seq: d.seq, Size: size}
+	if k.NoSeq {
+		dev.Seq = 0
+	}
 	for _, t := range k.tables {
 		if t.Backing == number {
 			dev.Holders = append(dev.Holders, driver.Holder{Name: t.Name, Multipath: strings.HasPrefix(t.Name, "mpath")})

@@ -2,6 +2,7 @@ package drivertest
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/cryptcsi/cryptcsi/driver"
+	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
 // HostHarness is what RunMounts and RunFilesystems need of a machine.
@@ -19,6 +21,10 @@ type HostHarness struct {
 	NewDevice func(t *testing.T, size int64) string
 	// Grow enlarges a device. Its kernel may have to be asked to look.
 	Grow func(t *testing.T, device string, size int64)
+	// Reuse gives a device's number to another one, whose node is at its path.
+	Reuse func(t *testing.T, device string)
+	// Unlink removes a node that Alias made.
+	Unlink func(path string) error
 	// Use writes to a device itself.
 	Use func(t *testing.T, device string)
 	// Types are the filesystems to try, the first one also for mounts.
@@ -168,6 +174,21 @@ func testNodes(m *mountsTest) {
 	if got := m.below(); len(got) != 2 || got[1].Device != m.number || !got[1].Node || !got[1].ReadOnly {
 		m.Errorf("the mount table shows %+v", got)
 	}
+	m.unmount(again)
+	m.unmount(file)
+	alias := filepath.Join(m.dir, "alias")
+	if err := m.Host.Alias(alias, m.number); err != nil {
+		m.Fatal(err)
+	}
+	m.mount(alias, file, "", "bind")
+	for _, stale := range []bool{false, true} {
+		if got := m.below(); len(got) != 1 || got[0].Device != m.number || !got[0].Node || got[0].Stale != stale {
+			m.Errorf("the mount table shows %+v, want stale %v", got, stale)
+		}
+		if err := m.Unlink(alias); err != nil && !stale {
+			m.Error(err)
+		}
+	}
 }
 
 func testLayers(m *mountsTest) {
@@ -238,7 +259,18 @@ func testDevices(m *mountsTest) {
 		m.Errorf("after growing: %+v, %v", grown, err)
 	}
 	testActivity(m, first.Number)
+	m.Reuse(m.T, m.device)
+	reused, err := m.Host.Device(m.device)
+	if err != nil || reused.Number != first.Number || reused.Seq == first.Seq && first.Seq != 0 {
+		m.Errorf("the device was %+v, another one with its number is %+v, %v", first, reused, err)
+	}
 	alias := filepath.Join(m.dir, "alias")
+	if err := m.Host.Alias(alias, "4095:12345"); err != nil {
+		m.Fatal(err)
+	}
+	if _, err := m.Host.Device(alias); !errors.Is(err, errdefs.ErrUnavailable) || os.IsNotExist(err) || errors.Is(err, os.ErrNotExist) {
+		m.Errorf("a node whose device has gone: %v", err)
+	}
 	for _, dev := range []driver.Device{other, first, first} {
 		if err := m.Host.Alias(alias, dev.Number); err != nil {
 			m.Fatal(err)
