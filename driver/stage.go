@@ -279,10 +279,37 @@ func (s *staging) announce(ctx context.Context) error {
 	if err := s.goOn(ctx); err != nil {
 		return err
 	}
+	if err := s.checkStagingPath(); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(s.v.dir, 0o750); err != nil {
 		return err
 	}
 	return s.save(s.v, s.state())
+}
+
+// checkStagingPath refuses a staging path where something else than the volume's
+// mapping is mounted, or below it, as some drivers do. Nothing is written down
+// or asked of the wrapped driver by then, so that undoing leaves it alone.
+func (s *staging) checkStagingPath() error {
+	m, _, err := s.mapping(s.v)
+	if err != nil {
+		return err
+	}
+	mounts, err := s.cfg.Mounts.List()
+	if err != nil {
+		return err
+	}
+	for _, l := range mounts {
+		if within(l.Target, s.want.StagingPath) && l.Device != m.Number {
+			return s.foreignMount(l)
+		}
+	}
+	return nil
+}
+
+func (s *staging) foreignMount(l Mount) error {
+	return errdefs.Errorf(errdefs.ErrState, "something that volume %s did not put there (device %s, %s) is mounted at %s: unmount it", s.v.id, l.Device, l.FSType, l.Target)
 }
 
 // goOn decides what of an earlier call is gone on with, and removes the rest.
@@ -477,7 +504,7 @@ func (s *staging) fill(ctx context.Context) error {
 	if layers := at(mounts, s.want.StagingPath); len(layers) > 0 {
 		top := layers[len(layers)-1]
 		if top.Device != s.m.Number || !s.m.Made {
-			return errdefs.Errorf(errdefs.ErrState, "something that volume %s did not put there (device %s, %s) is mounted at %s: unmount it", s.v.id, top.Device, top.FSType, s.want.StagingPath)
+			return s.foreignMount(top)
 		}
 		s.fs = FSInfo{Type: top.FSType, Size: s.m.Size, Clean: true}
 		return nil

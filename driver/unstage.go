@@ -67,20 +67,56 @@ func (d *Driver) unmountStaged(ctx context.Context, v volume, st *state, m Mappi
 			return errdefs.Errorf(errdefs.ErrUnavailable, "volume %s is still in use at %s: that has to be unpublished first", v.id, l.Target)
 		}
 	}
-	if st != nil && st.HandedOver {
+	// What is there after a reboot, the wrapped driver did not mount for us.
+	handedOver := st != nil && st.HandedOver && (st.BootID == d.boot || len(at(mounts, st.StagingPath)) == 0)
+	if handedOver {
 		if err := d.takeBack(ctx, v, st); err != nil {
 			return err
 		}
 	}
 	for _, path := range paths {
-		// What the state file names is ours whatever is mounted there; the
-		// caller's path only if it shows this volume's mapping.
-		ours := st != nil && st.StagingPath == path && st.AccessType == accessMount
-		if !ours && !slices.ContainsFunc(at(mounts, path), func(l Mount) bool { return m.Number != "" && l.Device == m.Number }) {
-			continue
-		}
-		if err := d.unmountAll(ctx, path); err != nil {
+		if err := d.unmountMapping(ctx, v, m, path); err != nil {
 			return err
+		}
+	}
+	if !handedOver {
+		return nil
+	}
+	return d.checkUnmounted(v, st.StagingPath)
+}
+
+// unmountMapping takes away every layer at path that shows the mapping, and
+// nothing else.
+func (d *Driver) unmountMapping(ctx context.Context, v volume, m Mapping, path string) error {
+	for range maxLayers {
+		mounts, err := d.cfg.Mounts.List()
+		if err != nil {
+			return err
+		}
+		layers := at(mounts, path)
+		if m.Number == "" || !slices.ContainsFunc(layers, func(l Mount) bool { return l.Device == m.Number }) {
+			return nil
+		}
+		if top := layers[len(layers)-1]; top.Device != m.Number {
+			return errdefs.Errorf(errdefs.ErrUnavailable, "device %s is mounted at %s over volume %s, which did not put it there: unmount it", top.Device, path, v.id)
+		}
+		if err := d.cfg.Mounts.Unmount(ctx, path); err != nil {
+			return errdefs.Errorf(errdefs.ErrUnavailable, "unmounting %s: %w", path, err)
+		}
+	}
+	return errdefs.Errorf(errdefs.ErrUnavailable, "%s is still mounted after %d unmounts", path, maxLayers)
+}
+
+// checkUnmounted makes sure that the wrapped driver, which has unstaged the
+// volume, left nothing mounted at or below its staging path.
+func (d *Driver) checkUnmounted(v volume, staging string) error {
+	mounts, err := d.cfg.Mounts.List()
+	if err != nil {
+		return err
+	}
+	for _, l := range mounts {
+		if within(l.Target, staging) {
+			return errdefs.Errorf(errdefs.ErrUnavailable, "the wrapped driver says that volume %s is unstaged, but device %s is still mounted at %s", v.id, l.Device, l.Target)
 		}
 	}
 	return nil
