@@ -117,3 +117,29 @@ func TestAMountOverAStagedVolumeStays(t *testing.T) {
 	m.ok("unstage", m.unstage())
 	m.clean()
 }
+
+// A volume that the wrapped driver staged by itself is unstaged by it, wherever
+// at or below the staging path it mounts, and is unstaged only when it is.
+func TestUnstagingWhatTheWrappedDriverStaged(t *testing.T) {
+	for name, set := range map[string]func(m *machine){
+		"at the staging path": func(*machine) {},
+		"below":               func(m *machine) { m.wrapped.Below = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			set(m)
+			m.start()
+			m.ok("making the staging path", os.MkdirAll(m.staging(), 0o750))
+			_, err := m.wrapped.NodeStageVolume(t.Context(), m.stageRequest(mountCap("ext4")))
+			m.ok("staging without us", err)
+			m.wrapped.Leaves = true
+			m.refused("unstage", m.unstage(), codes.Unavailable, "still mounted at "+m.staging())
+			m.wrapped.Leaves = false
+			m.ok("unstage", m.unstage())
+			m.clean()
+			if calls := m.wrapped.Calls(); !slices.Contains(calls, "unstage") {
+				t.Errorf("the wrapped driver got %v", calls)
+			}
+		})
+	}
+}

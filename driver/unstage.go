@@ -144,17 +144,17 @@ func (d *Driver) borrowed(ctx context.Context, v volume, st *state) (innerStaged
 }
 
 // unstageForeign lets the wrapped driver take away what is still mounted at the
-// staging path though nothing of ours is left: it staged the volume before this
-// plugin was there, or while the volume was in the list of unencrypted ones. To
-// say that it is gone would have it detached from under its filesystem.
+// staging path, or below it, though nothing of ours is left: it staged the volume
+// before this plugin was there, or while the volume was in the list of unencrypted
+// ones. To say that it is gone would have it detached from under its filesystem.
 func (d *Driver) unstageForeign(ctx context.Context, v volume, staging string) error {
 	mounts, err := d.cfg.Mounts.List()
-	if err != nil || len(at(mounts, staging)) == 0 {
+	if err != nil || !slices.ContainsFunc(mounts, func(l Mount) bool { return within(l.Target, staging) }) {
 		return err
 	}
 	d.log.WarnContext(ctx, "the wrapped driver unstages what it staged without encryption", "volume_id", v.id, "staging_path", staging)
 	if err := d.wrapped.unstage(ctx, v.id, staging); err != nil {
 		return err
 	}
-	return d.unmountAll(ctx, staging)
+	return d.checkUnmounted(v, staging)
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -39,6 +40,8 @@ type Wrapped struct {
 	IgnoreBlock bool // publishes a directory
 	MountsRaw   bool // mounts its own device, whatever it is told
 	Forgets     bool // undoing is NotFound, and done
+	Below       bool // mounts filesystems in a directory of the staging path
+	Leaves      bool // unstages and leaves them mounted
 
 	// What the controller answers.
 	AnswerVolume   string            // CreateVolume answers with this ID, whatever it made
@@ -239,6 +242,12 @@ func (w *Wrapped) mountDevice(ctx context.Context, d *Disk, publishContext map[s
 	if w.MountsRaw {
 		device = d.Path
 	}
+	if w.Below {
+		path = filepath.Join(path, d.Name)
+		if err := os.MkdirAll(path, 0o750); err != nil {
+			return err
+		}
+	}
 	if w.mounted(path) {
 		return nil
 	}
@@ -277,8 +286,12 @@ func (w *Wrapped) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVol
 	path := req.GetStagingTargetPath()
 	w.calls = append(w.calls, "unstage")
 	w.checkReturned("unstage", d, d.stages[path])
-	for w.mounted(path) {
-		if err := w.Kernel.Unmount(ctx, path); err != nil {
+	where := path
+	if w.Below {
+		where = filepath.Join(path, d.Name)
+	}
+	for w.mounted(where) && !w.Leaves {
+		if err := w.Kernel.Unmount(ctx, where); err != nil {
 			return nil, err
 		}
 	}
