@@ -108,14 +108,14 @@ func (d Damage) and(later Damage) Damage {
 
 // volumeOf finds the volume of this driver that is staged with that mapping.
 func (d *Driver) volumeOf(ctx context.Context, mapping string) (volume, bool) {
-	states, err := readStates(realDir(d.cfg.KubeletDir))
-	if err != nil {
-		d.log.ErrorContext(ctx, "looking for a damaged volume", "mapping", mapping, "error", err)
-	}
+	states, unreadable := readStates(realDir(d.cfg.KubeletDir))
 	i := slices.IndexFunc(states, func(st *state) bool {
 		return st.Driver == d.name && st.Staged && MappingName(st.Driver, st.VolumeID) == mapping
 	})
 	if i < 0 {
+		for _, err := range unreadable {
+			d.log.ErrorContext(ctx, "looking for a damaged volume", "mapping", mapping, "error", err)
+		}
 		return volume{}, false
 	}
 	v, err := d.volume(states[i].VolumeID)

@@ -22,6 +22,7 @@ const (
 	StateClosed     MappingState = "closed"     // a state file without a mapping: rebooted, or interrupted early
 	StateOrphan     MappingState = "orphan"     // a mapping that no state file explains
 	StateSuspended  MappingState = "suspended"  // I/O to it waits
+	StateUnreadable MappingState = "unreadable" // a state file that cannot be read; any mapping may be its
 )
 
 // MappingInfo is what is known of one mapping or one state file.
@@ -38,6 +39,7 @@ type MappingInfo struct {
 	UsedAt      []string     // where it can be seen, beside the staging path
 	Finishing   bool         // hydrated, and that is perhaps not confirmed
 	Damage      Damage       // what the kernel has reported since it was staged
+	Problem     error        // what is wrong with the state file; nil but for StateUnreadable
 }
 
 // Inspect joins the mappings of this node with the state files of all drivers
@@ -59,11 +61,11 @@ func Inspect(_ context.Context, kubeletDir string, mapper interface{ List() ([]M
 	if err != nil {
 		return nil, err
 	}
-	states, err := readStates(kubeletDir)
-	if err != nil {
-		return nil, err
-	}
+	states, unreadable := readStates(kubeletDir)
 	var all []MappingInfo
+	for _, err := range unreadable {
+		all = append(all, MappingInfo{State: StateUnreadable, Problem: err})
+	}
 	for _, st := range states {
 		info := describe(st)
 		i := slices.IndexFunc(mappings, func(m Mapping) bool { return m.Name == info.Name })
@@ -100,41 +102,46 @@ func openState(m Mapping, st *state, boot string) MappingState {
 	return StateIncomplete
 }
 
-// readStates reads the state files of all drivers of ours.
-func readStates(kubeletDir string) ([]*state, error) {
+// readStates reads the state files of all drivers of ours, and says of each that
+// it cannot read what is wrong.
+func readStates(kubeletDir string) (states []*state, unreadable []error) {
 	paths, err := filepath.Glob(filepath.Join(privateDir(kubeletDir, "*"), "*", "volume.json"))
 	if err != nil {
-		return nil, err
+		return nil, []error{err}
 	}
-	var states []*state
 	for _, path := range paths {
 		st, err := readState(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // unstaged just now
 		}
 		if err != nil {
-			return nil, err
+			unreadable = append(unreadable, err)
+			continue
 		}
 		states = append(states, st)
 	}
-	return states, nil
+	return states, unreadable
 }
 
 // Reconcile tidies up after a crash; it is called once, at the start, before
 // anything is served. It closes mappings that no state file explains and that
 // nobody uses, and gives back what was staged in another boot: kubelet stages
-// again what it still wants. It returns the orphans that stay because they are
-// in use; its errors are no reason not to serve.
+// again what it still wants. It returns the orphans that stay: because they are
+// in use, or because a state file that cannot be read may explain them. Its errors
+// are no reason not to serve.
 func (d *Driver) Reconcile(ctx context.Context) ([]MappingInfo, error) {
 	all, err := d.Inspect(ctx)
 	if err != nil {
 		return nil, err
 	}
+	unreadable := slices.ContainsFunc(all, func(i MappingInfo) bool { return i.State == StateUnreadable })
 	var left []MappingInfo
 	var errs []error
 	for _, info := range all {
 		switch {
-		case info.State == StateOrphan && len(info.UsedAt) > 0:
+		case info.State == StateUnreadable:
+			errs = append(errs, info.Problem)
+		case info.State == StateOrphan && (unreadable || len(info.UsedAt) > 0):
 			left = append(left, info)
 		case info.State == StateOrphan:
 			err := d.cfg.Mapper.Close(ctx, info.Name)

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -38,22 +39,30 @@ func inspect(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if err != nil {
 		return err
 	}
+	return printMappings(stdout, list, func(i driver.MappingInfo) string {
+		if !*headers || i.Backing == "" {
+			return ""
+		}
+		return headerState(ctx, m, i)
+	})
+}
+
+// printMappings prints the table. Its error is about what is not in there.
+func printMappings(stdout io.Writer, list []driver.MappingInfo, header func(driver.MappingInfo) string) error {
+	var problems []error
 	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 	row := func(cells ...string) { fmt.Fprintln(w, strings.Join(cells, "\t")) }
 	row("VOLUME", "MAPPING", "STATE", "DEVICE", "CIPHER", "INTEGRITY", "OPTIONS", "HYDRATED", "SIZE", "MODE", "DAMAGE", "HEADER")
 	for _, i := range list {
-		header := ""
-		if *headers && i.Backing != "" {
-			header = headerState(ctx, m, i)
-		}
+		problems = append(problems, i.Problem)
 		cells := []string{i.VolumeID, i.Name, string(i.State), i.Backing, i.Cipher, string(i.Integrity), options(i.Mapping), i.Progress(),
-			size(i.Size), mode(i), i.Damage.String(), header}
+			size(i.Size), mode(i), i.Damage.String(), header(i)}
 		for n := range cells {
 			cells[n] = cmp.Or(cells[n], "-")
 		}
 		row(cells...)
 	}
-	return w.Flush()
+	return errors.Join(append(problems, w.Flush())...)
 }
 
 // options are what a mapping has beyond what all have.

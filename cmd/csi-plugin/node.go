@@ -228,7 +228,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 	}
 	orphans, err := d.Reconcile(ctx)
 	for _, o := range orphans {
-		log.Warn("a mapping that no volume explains is in use", "mapping", o.Name, "device", o.Backing)
+		log.Warn("a mapping that no volume explains is left as it is", "mapping", o.Name, "device", o.Backing)
 	}
 	if err != nil {
 		log.Error("tidying up after the last run", "error", err)
