@@ -492,3 +492,31 @@ func TestReconcileKnowsOtherInstances(t *testing.T) {
 	}
 	m.mapping() // still there
 }
+
+// kubelet's access modes change with a capability that an update of the wrapped
+// driver brings or takes away, while volumes are staged.
+func TestTheAccessModeOfAStagedVolumeIsSpelledAnew(t *testing.T) {
+	const vague, many, one = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER, csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER, singleWriter
+	for _, tt := range []struct {
+		staged, asked csi.VolumeCapability_AccessMode_Mode
+		same          bool
+	}{
+		{vague, many, true}, {many, vague, true}, {vague, one, true}, {one, vague, true},
+		{many, one, false}, {one, many, false}, {vague, readerOnly, false}, {vague, manyWriters, false},
+	} {
+		m := newMachine(t).start()
+		m.ok("stage", m.stage(capability(tt.staged, blockCap())))
+		m.ok("publish", m.publish(capability(tt.staged, blockCap()), "a", false))
+		err := m.stage(capability(tt.asked, blockCap()))
+		if !tt.same {
+			m.refused("stage", err, codes.AlreadyExists, tt.asked.String())
+			continue
+		}
+		m.ok("stage as "+tt.asked.String(), err)
+		m.ok("unpublish", m.unpublish("a"))
+		m.ok("publish", m.publish(capability(tt.asked, blockCap()), "b", false))
+		m.ok("unpublish", m.unpublish("b"))
+		m.ok("unstage", m.unstage())
+		m.clean()
+	}
+}

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
@@ -83,7 +85,7 @@ func (i intent) difference(other intent) string {
 	switch {
 	case i.AccessType != other.AccessType:
 		return differ("access type", i.AccessType, other.AccessType)
-	case i.AccessMode != other.AccessMode:
+	case !sameMode(i.AccessMode, other.AccessMode):
 		return differ("access mode", i.AccessMode, other.AccessMode)
 	case i.FSType != other.FSType:
 		return differ("filesystem", i.FSType, other.FSType)
@@ -93,6 +95,15 @@ func (i intent) difference(other intent) string {
 		return differ("read-only", i.ReadOnly, other.ReadOnly)
 	}
 	return ""
+}
+
+// sameMode compares access modes. SINGLE_NODE_WRITER does not say how many
+// writers: kubelet asks for it, or for the one or the other of those that do, as
+// the wrapped driver has the capability or not, and that changes with its version.
+func sameMode(a, b string) bool {
+	vague := csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER.String()
+	exact := []string{csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER.String(), csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER.String()}
+	return a == b || a == vague && slices.Contains(exact, b) || b == vague && slices.Contains(exact, a)
 }
 
 // borrowed tells whether dev is the device that was noted.
