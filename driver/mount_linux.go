@@ -213,50 +213,38 @@ func (Linux) Mount(ctx context.Context, source, target, fstype string, options [
 	return run(ctx, "mount", mount.MakeMountArgs(source, target, fstype, options)...)
 }
 
-// bind binds source to target and then sets the mount's own options: the kernel
-// ignores them in the first step. A bind that cannot get them is taken away.
+// bind binds source to target. The mount has its own options, beside those that
+// it inherits, from the moment on that it can be seen: whoever is killed leaves
+// no writable mount for a read-only one.
 func bind(source, target string, options []string) error {
-	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
-		return &os.LinkError{Op: "bind", Old: source, New: target, Err: err}
-	}
-	flags := map[string]uintptr{
-		"ro": unix.MS_RDONLY, "nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC,
-		"noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME, "relatime": unix.MS_RELATIME,
-	}
-	var set uintptr
+	attr := unix.MountAttr{}
 	for _, o := range options {
-		set |= flags[o]
+		attr.Attr_set |= bindAttributes[o]
+		if o == "noatime" || o == "relatime" { // values of one field, the others are flags
+			attr.Attr_clr |= unix.MOUNT_ATTR__ATIME
+		}
 	}
-	if set == 0 {
-		return nil
+	fail := func(op string, err error) error {
+		return &os.LinkError{Op: op, Old: source, New: target, Err: err}
 	}
-	inherited, err := mountFlags(target)
-	if err == nil {
-		err = unix.Mount("", target, "", unix.MS_BIND|unix.MS_REMOUNT|set|inherited, "")
-	}
+	tree, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil {
-		return errors.Join(&os.PathError{Op: "remount", Path: target, Err: err}, unix.Unmount(target, unix.UMOUNT_NOFOLLOW))
+		return fail("bind", err)
+	}
+	defer func() { _ = unix.Close(tree) }()
+	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fail("bind with options", err)
+	}
+	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fail("bind", err)
 	}
 	return nil
 }
 
-// mountFlags returns the flags that a mount has and a remount would clear.
-func mountFlags(path string) (uintptr, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(path, &st); err != nil {
-		return 0, err
-	}
-	var set uintptr
-	for has, ms := range map[int64]uintptr{
-		unix.ST_RDONLY: unix.MS_RDONLY, unix.ST_NOSUID: unix.MS_NOSUID, unix.ST_NODEV: unix.MS_NODEV,
-		unix.ST_NOEXEC: unix.MS_NOEXEC, unix.ST_NOATIME: unix.MS_NOATIME, unix.ST_NODIRATIME: unix.MS_NODIRATIME,
-		unix.ST_RELATIME: unix.MS_RELATIME,
-	} {
-		if st.Flags&has != 0 {
-			set |= ms
-		}
-	}
-	return set, nil
+// bindAttributes are the options that a bind mount can have of its own.
+var bindAttributes = map[string]uint64{
+	"ro": unix.MOUNT_ATTR_RDONLY, "nosuid": unix.MOUNT_ATTR_NOSUID, "nodev": unix.MOUNT_ATTR_NODEV, "noexec": unix.MOUNT_ATTR_NOEXEC,
+	"noatime": unix.MOUNT_ATTR_NOATIME, "nodiratime": unix.MOUNT_ATTR_NODIRATIME, "relatime": unix.MOUNT_ATTR_RELATIME,
 }
 
 // Unmount is the system call.
