@@ -56,15 +56,21 @@ func (d *Driver) stats(v volume, path string) (*csi.NodeGetVolumeStatsResponse, 
 		resp.Usage = []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: m.Size}}
 		return resp, nil
 	}
+	resp.Usage, err = d.usage(path)
+	return resp, err
+}
+
+// usage is that of the filesystem at path.
+func (d *Driver) usage(path string) ([]*csi.VolumeUsage, error) {
 	u, err := d.cfg.Filesystems.Usage(path)
 	if err != nil {
 		return nil, err
 	}
-	resp.Usage = []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: u.Total, Used: u.Used, Available: u.Available}}
+	usage := []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: u.Total, Used: u.Used, Available: u.Available}}
 	if u.Inodes > 0 {
-		resp.Usage = append(resp.Usage, &csi.VolumeUsage{Unit: csi.VolumeUsage_INODES, Total: u.Inodes, Used: u.InodesUsed, Available: u.InodesFree})
+		usage = append(usage, &csi.VolumeUsage{Unit: csi.VolumeUsage_INODES, Total: u.Inodes, Used: u.InodesUsed, Available: u.InodesFree})
 	}
-	return resp, nil
+	return usage, nil
 }
 
 // condition says in words how a mapping is.

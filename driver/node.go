@@ -173,7 +173,7 @@ func (n node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStat
 	if plain, err := n.leftPlaintext(v); err != nil {
 		return nil, err
 	} else if plain {
-		return n.passStats(ctx, req)
+		return n.passStats(ctx, path, req)
 	}
 	return n.stats(v, path)
 }

@@ -173,8 +173,35 @@ func (d *Driver) passExpand(ctx context.Context, req *csi.NodeExpandVolumeReques
 	})
 }
 
-func (d *Driver) passStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+// passStats measures by itself where the wrapped driver does not, because we
+// always can.
+func (d *Driver) passStats(ctx context.Context, path string, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+	caps, err := d.wrapped.capabilities(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !caps.has(csi.NodeServiceCapability_RPC_GET_VOLUME_STATS) {
+		return d.measure(path, req.GetVolumeId())
+	}
 	return call(ctx, d.wrapped, "NodeGetVolumeStats", func(ctx context.Context) (*csi.NodeGetVolumeStatsResponse, error) {
 		return d.wrapped.node.NodeGetVolumeStats(ctx, req)
 	})
+}
+
+// measure measures what is mounted at path.
+func (d *Driver) measure(path, volumeID string) (*csi.NodeGetVolumeStatsResponse, error) {
+	mounts, err := d.cfg.Mounts.List()
+	if err != nil {
+		return nil, err
+	}
+	layers := at(mounts, path)
+	if len(layers) == 0 {
+		return nil, errdefs.Errorf(errdefs.ErrNotFound, "volume %s is not at %s", volumeID, path)
+	}
+	if !layers[len(layers)-1].Node {
+		usage, err := d.usage(path)
+		return &csi.NodeGetVolumeStatsResponse{Usage: usage}, err
+	}
+	dev, err := d.cfg.Devices.Device(path)
+	return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: dev.Size}}}, err
 }

@@ -146,6 +146,32 @@ func (m *machine) removeTargets() {
 	}
 }
 
+// How full a listed volume is, the wrapped driver says if it can.
+func TestPassThroughStats(t *testing.T) {
+	for name, c := range map[string]*csi.VolumeCapability{"mount": mountCap("ext4"), "block": blockCap()} {
+		for _, stats := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, %v", name, stats), func(t *testing.T) {
+				m := listed(t)
+				m.wrapped.Stats, m.wrapped.NoStage = stats, true
+				m.start()
+				m.ok("publish", m.passPublish(c, "a"))
+				want := 64 * mib
+				if stats {
+					want = 4711
+				}
+				if got := m.usage(m.target("a")); got[0].GetTotal() != want {
+					t.Errorf("the usage is %v, want %d", got, want)
+				}
+				if !stats {
+					_, err := m.node.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: volumeID, VolumePath: m.target("b")})
+					m.refused("elsewhere", err, codes.NotFound, "is not at")
+				}
+				m.lawful()
+			})
+		}
+	}
+}
+
 // An encrypted volume in the list whose record is lost is not given to a pod raw.
 func TestPassThroughOfALUKSDevice(t *testing.T) {
 	m := newMachine(t).start()

@@ -41,6 +41,7 @@ type Wrapped struct {
 	MountsRaw   bool // mounts its own device, whatever it is told
 	Forgets     bool // undoing is NotFound, and done
 	Below       bool // mounts filesystems in a directory of the staging path
+	Stats       bool // has NodeGetVolumeStats
 	Leaves      bool // unstages and leaves them mounted
 
 	// What the controller answers.
@@ -415,6 +416,15 @@ func (w *Wrapped) NodeExpandVolume(_ context.Context, req *csi.NodeExpandVolumeR
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: d.Size}, nil
 }
 
+// NodeGetVolumeStats always says the same.
+func (w *Wrapped) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+	if !w.Stats {
+		w.Kernel.Violate("NodeGetVolumeStats of a driver that does not have it")
+		return w.UnimplementedNodeServer.NodeGetVolumeStats(ctx, req)
+	}
+	return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: 4711}}}, nil
+}
+
 // NodeGetInfo names a node.
 func (w *Wrapped) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
 	return &csi.NodeGetInfoResponse{NodeId: "node-1", MaxVolumesPerNode: 25}, nil
@@ -429,6 +439,9 @@ func (w *Wrapped) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesR
 	}
 	if !w.NoMulti {
 		types = append(types, csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER)
+	}
+	if w.Stats {
+		types = append(types, csi.NodeServiceCapability_RPC_GET_VOLUME_STATS)
 	}
 	if !w.NoStage {
 		types = append(types, csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME)
