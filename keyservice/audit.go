@@ -91,7 +91,7 @@ func (c *call) end(ctx context.Context, err error) error {
 		c.Reason = err.Error()
 	}
 	err = errgrpc.ToGRPC(c.late(ctx, err))
-	if status.Code(err) == codes.NotFound && !c.cfg.Policy.mayKnow(c.Who) {
+	if status.Code(err) == codes.NotFound && !c.Allowed {
 		err = errgrpc.ToGRPC(c.refusal())
 	}
 	c.Code, c.Took = status.Code(err).String(), time.Since(c.start)

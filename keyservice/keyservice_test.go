@@ -20,6 +20,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -327,6 +328,7 @@ func publicKey(t testing.TB) []byte {
 const (
 	node       = "system:node:worker-1"
 	nodeName   = "worker-1"
+	node2      = "system:node:worker-2"
 	controller = "controller"
 	operator   = "operator"
 	vol        = dek.ID("driver.example.com/vol-1")
@@ -453,9 +455,9 @@ func TestWhoMayCallWhat(t *testing.T) {
 	may := map[string]map[string]codes.Code{
 		node: {"GetDEK": codes.OK, "ClaimFormat": codes.FailedPrecondition, "ConfirmDEK": codes.OK},
 		"spiffe://example.org/ns/cryptcsi/node/worker-1": {"GetDEK": codes.OK, "ClaimFormat": codes.FailedPrecondition, "ConfirmDEK": codes.OK},
-		"system:node:worker-2":                           {},
-		controller:                                       {"CreateDEK": codes.OK, "DeleteDEK": codes.NotFound},
-		operator:                                         {"RewrapDEK": codes.OK, "Unseal": codes.AlreadyExists, "Status": codes.OK},
+		node2:      {},
+		controller: {"CreateDEK": codes.OK, "DeleteDEK": codes.NotFound},
+		operator:   {"RewrapDEK": codes.OK, "Unseal": codes.AlreadyExists, "Status": codes.OK},
 		// No node, so it can claim in nobody's name.
 		"spiffe://example.org/joinservice": {"GetDEK": codes.OK, "ConfirmDEK": codes.OK},
 		"worker-1":                         {},
@@ -511,12 +513,13 @@ func TestAnyPolicy(t *testing.T) {
 }
 
 // TestNoTellingWhatExists: a refusal is the same for what exists and what does
-// not, and to a node that may have it as well.
+// not. Only who may have that very DEK learns that there is none: the node that
+// has the volume, which the list of unencrypted volumes may name.
 func TestNoTellingWhatExists(t *testing.T) {
 	const theirs = dek.ID("driver.example.com/vol-2")
 	w := start(t, roles)
-	c := w.as(t, node)
-	ask := func(id dek.ID) map[string]string {
+	ask := func(who string, id dek.ID) map[string]string {
+		c := w.as(t, who)
 		got := map[string]string{}
 		_, _, err := c.get(t.Context(), id)
 		got["GetDEK"] = status.Convert(err).Proto().String()
@@ -530,11 +533,12 @@ func TestNoTellingWhatExists(t *testing.T) {
 		got["RewrapDEK"] = status.Convert(err).Proto().String()
 		return got
 	}
-	before := ask(theirs)
-	mineBefore := ask(vol)
+	mine := ask(node, vol)
 	calls := w.keys.calls.Load()
+	before, others := ask(node, theirs), ask(node2, vol)
 	w.create(t, theirs)
-	after := ask(theirs)
+	w.create(t, vol)
+	after, othersAfter := ask(node, theirs), ask(node2, vol)
 	if w.keys.calls.Load() != calls {
 		t.Error("what a caller may not have was looked up")
 	}
@@ -542,18 +546,26 @@ func TestNoTellingWhatExists(t *testing.T) {
 		if after[method] != want || !strings.Contains(want, codesText(codes.PermissionDenied)) {
 			t.Errorf("%s: %q before it existed, %q after", method, want, after[method])
 		}
-		if got := strings.ReplaceAll(mineBefore[method], string(vol), string(theirs)); got != want {
-			t.Errorf("%s of one that does not exist: %q, of one that is another's: %q", method, got, want)
+		if othersAfter[method] != others[method] || strings.NewReplacer(string(vol), string(theirs), node2, node).Replace(others[method]) != want {
+			t.Errorf("%s by another node: %q before it existed, %q after; one that exists nowhere: %q", method, others[method], othersAfter[method], want)
+		}
+		told := codes.NotFound
+		if method == "DeleteDEK" || method == "RewrapDEK" {
+			told = codes.PermissionDenied
+		}
+		if !strings.Contains(mine[method], codesText(told)) {
+			t.Errorf("%s of one that does not exist by the node that may have it: %q, want code %v", method, mine[method], told)
 		}
 	}
-	var reasons []any
+	var seen []any
 	for _, l := range w.audit.take(t) {
 		if l["method"] == "GetDEK" {
-			reasons = append(reasons, l["allowed"], l["code"])
+			seen = append(seen, l["allowed"], l["code"])
 		}
 	}
-	if len(reasons) != 6 || reasons[0] != false || reasons[2] != true || reasons[4] != false {
-		t.Errorf("the audit log does not tell them apart: %v", reasons)
+	no := codes.PermissionDenied.String()
+	if want := []any{true, codes.NotFound.String(), false, no, false, no, false, no, false, no}; !slices.Equal(seen, want) {
+		t.Errorf("the audit log has %v, want %v", seen, want)
 	}
 }
 

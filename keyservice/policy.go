@@ -50,9 +50,6 @@ func (p Policy) controller(who Identity) bool {
 	return p.Any || slices.Contains(p.Controllers, who.Name)
 }
 
-// mayKnow says whether who may learn that a DEK does not exist.
-func (p Policy) mayKnow(who Identity) bool { return p.controller(who) || p.operator(who) }
-
 // volume decides whether who may have the DEK; errors are as Volumes'.
 func (p Policy) volume(ctx context.Context, who Identity, id dek.ID) error {
 	if p.Any {

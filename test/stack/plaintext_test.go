@@ -23,13 +23,14 @@ type dropIn struct {
 	t *testing.T
 }
 
-// startDropIn starts both, with kubelet and the sidecars talking to the driver itself.
-func startDropIn(t *testing.T) dropIn {
+// startDropIn starts both, with kubelet and the sidecars talking to the driver
+// itself; keyService as stack.Config's.
+func startDropIn(t *testing.T, keyService bool) dropIn {
 	bin, err := filepath.Abs("../../bin")
 	must(t, "bin", err)
-	kernel.Need(t, "root", "dm-crypt", "keyring", "loop", "ext4", "exec:mkfs.ext4", "exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "loopdriver"))
+	kernel.Need(t, "root", "dm-crypt", "keyring", "loop", "ext4", "exec:mkfs.ext4", "exec:"+filepath.Join(bin, "csi-plugin"), "exec:"+filepath.Join(bin, "loopdriver"), "exec:"+filepath.Join(bin, "key-service"))
 	kernel.NoLeaks(t)
-	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, Controller: true})
+	s, err := stack.Start(t.Context(), stack.Config{Dir: t.TempDir(), Bin: bin, Controller: true, KeyService: keyService})
 	must(t, "Start", err)
 	t.Cleanup(func() {
 		if err := s.Stop(); err != nil {
@@ -68,9 +69,16 @@ func (d dropIn) comes(listed ...*stack.Volume) {
 // TestKernelPlaintextVolumes: csi-plugin comes between a driver and its pods.
 // Volumes that are listed go on as they were, also those that are in use at that
 // moment; one that is not listed is refused, and so is one in the list that
-// begins with a LUKS header; new ones are encrypted.
+// begins with a LUKS header; new ones are encrypted. All of it whether the node
+// asks the store itself or a key service, which says of a volume that has no key
+// only to its own node that there is none.
 func TestKernelPlaintextVolumes(t *testing.T) {
-	d, ctx := startDropIn(t), t.Context()
+	t.Run("a store of its own", func(t *testing.T) { plaintextVolumes(t, false) })
+	t.Run("a key service", func(t *testing.T) { plaintextVolumes(t, true) })
+}
+
+func plaintextVolumes(t *testing.T, keyService bool) {
+	d, ctx := startDropIn(t, keyService), t.Context()
 	mounted, v1 := d.pods("mounted", stack.MountCapability("ext4"))
 	_, v2 := d.pods("block", stack.BlockCapability())
 	old := []*stack.Volume{v1, v2}

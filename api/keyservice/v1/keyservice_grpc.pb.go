@@ -43,7 +43,7 @@ const (
 //	PERMISSION_DENIED    the caller may not, or there is no such DEK and the caller may not
 //	                     know that; also a refusal by the KMS
 //	UNAUTHENTICATED      who the caller is could not be established
-//	NOT_FOUND            no such DEK (only for callers that may know it)
+//	NOT_FOUND            no such DEK (only for who may have it, controllers and operators)
 //	ALREADY_EXISTS       it exists with another spec, or was deleted
 //	ABORTED              another node holds the claim, or an operation is under way
 //	FAILED_PRECONDITION  the record's state forbids it, or the record was rolled back
@@ -156,7 +156,7 @@ func (c *keyServiceClient) DeleteDEK(ctx context.Context, in *DeleteDEKRequest, 
 //	PERMISSION_DENIED    the caller may not, or there is no such DEK and the caller may not
 //	                     know that; also a refusal by the KMS
 //	UNAUTHENTICATED      who the caller is could not be established
-//	NOT_FOUND            no such DEK (only for callers that may know it)
+//	NOT_FOUND            no such DEK (only for who may have it, controllers and operators)
 //	ALREADY_EXISTS       it exists with another spec, or was deleted
 //	ABORTED              another node holds the claim, or an operation is under way
 //	FAILED_PRECONDITION  the record's state forbids it, or the record was rolled back
