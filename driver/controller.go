@@ -205,14 +205,18 @@ func (c controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Val
 	return out, nil
 }
 
-// GetCapacity is what the wrapped driver has, less what encryption takes.
+// GetCapacity is what the wrapped driver has, less what encryption takes. Who
+// asks may not know yet how the volume will be used: capabilities without an
+// access mode, as external-provisioner has them up to version 4, say nothing
+// and are passed on as they are.
 func (c controller) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
-	wish, err := c.readWish(req.GetParameters(), req.GetVolumeCapabilities())
+	said, unsaid := byMode(req.GetVolumeCapabilities())
+	wish, err := c.readWish(askedByClass(req.GetParameters()), said)
 	if err != nil {
 		return nil, err
 	}
 	inner := proto.CloneOf(req)
-	inner.Parameters, inner.VolumeCapabilities = wish.parameters, wish.capabilities
+	inner.Parameters, inner.VolumeCapabilities = wish.parameters, append(unsaid, wish.capabilities...)
 	resp, err := call(ctx, c.wrapped, "GetCapacity", func(ctx context.Context) (*csi.GetCapacityResponse, error) {
 		return c.wrapped.controller.GetCapacity(ctx, inner)
 	})

@@ -22,6 +22,9 @@ const (
 	keyKEK     = KeyPrefix + "kek"            // a name of ControllerConfig.KEKs
 )
 
+// keyFSType is external-provisioner's.
+const keyFSType = "csi.storage.k8s.io/fstype"
+
 // modeJournal is the value that asks for what no mode asks for too.
 const modeJournal = "journal"
 
@@ -259,6 +262,31 @@ func (c *Controller) readWish(parameters map[string]string, capabilities []*csi.
 		}
 	}
 	return w, nil
+}
+
+// askedByClass is a StorageClass's parameters as external-provisioner asks with
+// them for capacity, where the filesystem that volumes will have is still among
+// them: one whose name asks for integrity takes the room that integrity takes.
+func askedByClass(parameters map[string]string) map[string]string {
+	_, integrity := readFSType(parameters[keyFSType])
+	if _, said := parameters[keyIntegrity]; said || !integrity {
+		return parameters
+	}
+	all := maps.Clone(parameters)
+	all[keyIntegrity] = string(dek.IntegrityHMAC)
+	return all
+}
+
+// byMode separates capabilities that have an access mode from those without.
+func byMode(all []*csi.VolumeCapability) (with, without []*csi.VolumeCapability) {
+	for _, capability := range all {
+		if capability.GetAccessMode().GetMode() == csi.VolumeCapability_AccessMode_UNKNOWN {
+			without = append(without, capability)
+		} else {
+			with = append(with, capability)
+		}
+	}
+	return with, without
 }
 
 // checkKEK refuses the name of a KEK that is not configured, before something is

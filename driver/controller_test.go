@@ -14,6 +14,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/driver"
@@ -311,6 +312,75 @@ func TestSizes(t *testing.T) {
 	p.ok("ListSnapshots", err)
 	if ls.GetEntries()[0].GetSnapshot().GetSizeBytes() != s.GetSizeBytes() {
 		t.Errorf("snapshots = %v, want the size %d", ls, s.GetSizeBytes())
+	}
+}
+
+// external-provisioner's questions are answered, with what a pod can use. Up to
+// version 4 its capacity controller has a capability that says nothing, from 5
+// on none, and both have the class's parameters as they are written; before it
+// creates on a node it asks with what it will create.
+func TestCapacityForTheProvisioner(t *testing.T) {
+	p := newPlant(t).start()
+	const integrity, fsType = "cryptcsi.io/integrity", "csi.storage.k8s.io/fstype"
+	for i, tt := range []struct {
+		class  []string
+		caps   []*csi.VolumeCapability
+		fsType string // of the volumes that will be created
+	}{
+		{nil, []*csi.VolumeCapability{saysNothing()}, "ext4"},
+		{[]string{integrity, "hmac-sha256"}, []*csi.VolumeCapability{saysNothing()}, "ext4"},
+		{nil, nil, "ext4"},
+		{[]string{integrity, "hmac-sha256"}, nil, "ext4"},
+		{[]string{fsType, "ext4"}, nil, "ext4"},
+		{[]string{fsType, "ext4-integrity"}, nil, "ext4-integrity"},
+		{nil, []*csi.VolumeCapability{mountCap("xfs")}, "xfs"},
+		{nil, []*csi.VolumeCapability{saysNothing(), mountCap("xfs-integrity")}, "xfs-integrity"},
+	} {
+		r := request(fmt.Sprint(i), with("theirs", "x"), with(tt.class...), as(mountCap(tt.fsType)))
+		asked := &csi.GetCapacityRequest{
+			Parameters: r.GetParameters(), VolumeCapabilities: tt.caps,
+			AccessibleTopology: &csi.Topology{Segments: map[string]string{"topology.example.com/node": "n"}},
+		}
+		c, err := p.csi.GetCapacity(t.Context(), asked)
+		p.ok(fmt.Sprint("GetCapacity ", asked), err)
+		// The largest volume fits into the largest device, and fills it.
+		largest := c.GetMaximumVolumeSize().GetValue()
+		r.CapacityRange = &csi.CapacityRange{RequiredBytes: largest}
+		p.mustCreate(r)
+		if got := p.wrapped.Volume("vol-" + r.GetName()).Size; got > 1<<30 || got < 1<<30-mib || c.GetAvailableCapacity() <= largest || c.GetAvailableCapacity() >= 1<<40 {
+			t.Errorf("GetCapacity %v = %v, and a volume of the largest size takes %d bytes", asked, c, got)
+		}
+		inner, want := p.wrapped.LastCapacity(), proto.CloneOf(asked)
+		delete(want.Parameters, integrity)
+		for _, capability := range want.GetVolumeCapabilities() {
+			if m := capability.GetMount(); m.GetFsType() != "" {
+				m.FsType = "xfs"
+			}
+		}
+		if !proto.Equal(inner, want) {
+			t.Errorf("the wrapped driver is asked %v, want %v", inner, want)
+		}
+	}
+}
+
+// saysNothing is a capability of external-provisioner's capacity controller.
+func saysNothing() *csi.VolumeCapability {
+	return &csi.VolumeCapability{
+		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}},
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_UNKNOWN},
+	}
+}
+
+// What cannot be created has no capacity either.
+func TestCapacityOfWhatCannotBe(t *testing.T) {
+	p := newPlant(t).start()
+	for _, req := range []*csi.GetCapacityRequest{
+		{Parameters: map[string]string{"cryptcsi.io/colour": "red"}, VolumeCapabilities: []*csi.VolumeCapability{saysNothing()}},
+		{VolumeCapabilities: []*csi.VolumeCapability{{AccessMode: mountCap("").GetAccessMode()}}},
+		{Parameters: map[string]string{"cryptcsi.io/integrity": "none"}, VolumeCapabilities: []*csi.VolumeCapability{mountCap("ext4-integrity")}},
+	} {
+		_, err := p.csi.GetCapacity(t.Context(), req)
+		p.refused(fmt.Sprint("GetCapacity ", req), err, codes.InvalidArgument)
 	}
 }
 

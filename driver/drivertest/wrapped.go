@@ -14,6 +14,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -59,6 +60,7 @@ type Wrapped struct {
 	snapshots map[string]*snapshot // by snapshot ID
 	deleted   map[string]bool      // the IDs that volumes had
 	last      *csi.NodeStageVolumeRequest
+	capacity  *csi.GetCapacityRequest
 	calls     []string
 }
 
@@ -159,6 +161,13 @@ func (w *Wrapped) LastStage() *csi.NodeStageVolumeRequest {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.last
+}
+
+// LastCapacity is the latest GetCapacity request.
+func (w *Wrapped) LastCapacity() *csi.GetCapacityRequest {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.capacity
 }
 
 // Reboot forgets the node's part.
@@ -595,7 +604,10 @@ func (w *Wrapped) ListVolumes(_ context.Context, req *csi.ListVolumesRequest) (*
 }
 
 // GetCapacity is Controller's.
-func (w *Wrapped) GetCapacity(context.Context, *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
+func (w *Wrapped) GetCapacity(_ context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.capacity = proto.CloneOf(req)
 	return &csi.GetCapacityResponse{AvailableCapacity: 1 << 40, MaximumVolumeSize: wrapperspb.Int64(1 << 30), MinimumVolumeSize: wrapperspb.Int64(1 << 20)}, nil
 }
 
