@@ -107,6 +107,22 @@ func (c *Controller) record(ctx context.Context, id dek.ID, idErr error) (d dek.
 	return d, err == nil, err
 }
 
+// unsettled is an error of the key side, with its words, about something that
+// the wrapped driver has made or may have made in an earlier call. The sidecars
+// forget that on most codes, and whoever deletes the claim then leaves a disk
+// behind; on this class they come again. ErrExists stays: what is there is not
+// what was asked for, and nobody is to wait for it.
+func unsettled(err error) error {
+	class := errdefs.Class(err)
+	switch {
+	case errors.Is(class, errdefs.ErrExists), errors.Is(class, errdefs.ErrConflict):
+		return err
+	case class == nil && (err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)):
+		return err
+	}
+	return errdefs.Errorf(errdefs.ErrUnavailable, "%w", err)
+}
+
 // deleteDEK deletes a record after what it was for. Where there is none that
 // was no encrypted volume, or one whose record the store has lost or withholds,
 // which cannot be told from here.

@@ -54,7 +54,7 @@ func (c *Controller) checkSnapshotted(ctx context.Context, req *csi.CreateSnapsh
 	d, found, err := c.record(ctx, source, idErr)
 	switch {
 	case err != nil:
-		return "", dek.Spec{}, err
+		return "", dek.Spec{}, unsettled(err)
 	case !found:
 		return "", dek.Spec{}, noRecord(source, "snapshotted")
 	}
@@ -85,7 +85,7 @@ func (c *Controller) recordSnapshot(ctx context.Context, snapshotID string, spec
 	if err == nil {
 		c.log.InfoContext(ctx, "created", "snapshot_id", snapshotID, "dek_id", id, "name", spec.Name, "source", source)
 	}
-	return err
+	return unsettled(err)
 }
 
 // DeleteSnapshot deletes the snapshot and then its record.

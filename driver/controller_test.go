@@ -607,6 +607,45 @@ func TestFaultsOfTheController(t *testing.T) {
 	}
 }
 
+// Whatever the key side says about something new: the sidecars come again, with
+// the claim deleted too, so that a disk or snapshot which is there already is
+// not left behind. For external-provisioner and external-snapshotter all codes
+// but these are the end (checkError and isCSIFinalError in their sources).
+func TestRefusalsOfTheKeySideAreNotTheEnd(t *testing.T) {
+	goOn := []codes.Code{codes.Canceled, codes.DeadlineExceeded, codes.Unavailable, codes.Aborted}
+	refusals := []error{
+		errdefs.Errorf(errdefs.ErrDenied, "kms:Encrypt is not allowed"), errdefs.Errorf(errdefs.ErrCorrupt, "the record does not verify"),
+		errdefs.Errorf(errdefs.ErrState, "the bucket is missing"), errdefs.Errorf(errdefs.ErrInvalid, "there is no KEK of that name"),
+		errdefs.Errorf(errdefs.ErrUnavailable, "the store does not answer"), errdefs.Errorf(errdefs.ErrConflict, "others change the record"),
+		context.DeadlineExceeded, status.Error(codes.ResourceExhausted, "too many calls"), status.Error(codes.Unauthenticated, "who is that"), errors.New("whatever"),
+	}
+	asked := 0
+	for _, tt := range interrupted()[:4] { // what makes something
+		p := tt.plant(t)
+		p.ok(tt.name, tt.do(p))
+		for n, step := range p.faults.Trace() {
+			if strings.HasPrefix(step, "rpc ") {
+				continue
+			}
+			for _, refusal := range refusals {
+				asked++
+				p := tt.plant(t)
+				p.faults.Arm(n+1, false, func() error { return refusal })
+				err := tt.do(p)
+				p.faults.Disarm()
+				if !slices.Contains(goOn, status.Code(err)) || !strings.Contains(err.Error(), status.Convert(refusal).Message()) {
+					t.Errorf("%s, %s fails by %v: %v", tt.name, step, refusal, err)
+				}
+				p.ok("again", tt.do(p))
+				tt.after(p)
+			}
+		}
+	}
+	if asked < 7*len(refusals) {
+		t.Errorf("only %d refusals", asked)
+	}
+}
+
 // interruption is a call in which something fails.
 type interruption struct {
 	name    string

@@ -104,7 +104,7 @@ func (p *provisioning) checkSource(ctx context.Context) error {
 	d, found, err := p.record(ctx, p.source, nil)
 	switch {
 	case err != nil:
-		return err
+		return unsettled(err)
 	case !found:
 		return noRecord(p.source, "copied")
 	case d.Spec.Integrity != p.spec.Integrity:
@@ -159,7 +159,7 @@ func (p *provisioning) finish(ctx context.Context, resp *csi.CreateVolumeRespons
 		return nil, errdefs.Errorf(errdefs.ErrExists, "wrapped driver %s answered with volume %s, which is not usable as %q: another volume has or had that ID, or this one was asked for with other parameters before; it is left as it is: %w", p.wrapped.name, volumeID, p.spec.Name, err)
 	}
 	if err != nil {
-		return nil, err
+		return nil, unsettled(err)
 	}
 	p.log.InfoContext(ctx, "created", "volume_id", volumeID, "dek_id", id, "name", p.spec.Name, "integrity", p.spec.Integrity, "layout", p.spec.Layout, "discard", p.spec.Discard, "kek", p.spec.KEK, "source", p.source)
 	return out, nil

@@ -333,9 +333,9 @@ func TestKEKByName(t *testing.T) {
 	if got := p.wrapped.Volumes(); !slices.Equal(got, []string{"vol-a"}) {
 		t.Errorf("volumes: %v", got)
 	}
-	// What the key side does not know after all is refused too: the keyring has gold alone.
+	// What the key side does not know after all gets no key: the keyring has gold alone.
 	_, err = p.create(request("c", with("cryptcsi.io/kek", "lead")))
-	p.refused("a name that the key side has not", err, codes.InvalidArgument, `"lead"`)
+	p.refused("a name that the key side has not", err, codes.Unavailable, `"lead"`)
 
 	p.mustCreate(request("d", of("", "vol-a")))
 	if got := p.dek(volumeDEK("vol-d")).Spec.KEK; got != "" {
