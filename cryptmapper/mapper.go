@@ -67,9 +67,10 @@ type Options struct {
 	// LockDir holds one lock file per mapping, on a file system that forgets
 	// at reboot: /run/cryptcsi where empty.
 	LockDir string
-	// HeaderBackup lets Open, MarkMade and Resize return a backup of a finished
-	// volume's header, in Header.Backup, where its DEK's Header has none or an
-	// older one. Restore takes it.
+	// HeaderBackup lets Open, MarkMade, Resize and Finish return a backup of a
+	// finished volume's header, in Header.Backup, where its DEK's Header has none.
+	// Where that has another one than the header now would give, they return one
+	// without being asked. Restore takes it.
 	HeaderBackup bool
 	// WithoutClone makes volumes as on a kernel that has no dm-clone.
 	WithoutClone bool
@@ -195,19 +196,28 @@ func (m *Mapper) Rekey(ctx context.Context, v Volume, d dek.DEK, from dek.ID, ol
 	return r.Mapping.Header, err
 }
 
+// RestoreOptions are what only a person can say.
+type RestoreOptions struct {
+	// BlockVolume: there is no filesystem in the volume, so that none has to be found.
+	BlockVolume bool
+	// OlderBackup: the volume did not grow since the backup was made, or what it
+	// has behind its size of then may be lost.
+	OlderBackup bool
+}
+
 // Restore gives a device on which no header verifies under d a header again,
-// made from d.Header.Backup, at the sequence of d.Header. block says that there
-// is no filesystem in the volume, so that none has to be found. The volume must
-// not be open. It returns false, and has written nothing, where a header
+// made from d.Header.Backup, at the sequence of d.Header. The volume must not be
+// open. It returns false, and has written nothing, where a header
 // verifies: Open repairs a damaged copy.
 //
 // Before it writes it has read the device through the header that it made: a
 // sector that is authentic, without integrity a filesystem. ErrState where there
-// is none, and for a device with anything on it that is not of this header; it
-// then was not written to. Cut anywhere, the same call again finishes it.
-func (m *Mapper) Restore(ctx context.Context, v Volume, d dek.DEK, block bool) (dek.HeaderID, bool, error) {
+// is none, for a device with anything on it that is not of this header, and for
+// an integrity volume that may have grown since the backup was made; it then was
+// not written to. Cut anywhere, the same call again finishes it.
+func (m *Mapper) Restore(ctx context.Context, v Volume, d dek.DEK, opts RestoreOptions) (dek.HeaderID, bool, error) {
 	req := request(OpRestore, v, d)
-	req.BlockVolume = block
+	req.BlockVolume, req.OlderBackup = opts.BlockVolume, opts.OlderBackup
 	r, err := m.run(ctx, req, Keys{DEK: d.Key})
 	return r.Mapping.Header, r.Restored, err
 }

@@ -52,10 +52,13 @@ type Request struct {
 	Claim    dek.Claim
 	Header   dek.HeaderID // the floor
 	From     dek.ID       // Rekey: what the old key is the key of
-	// Backup asks for a header backup where Header has none, or an older one.
+	// Backup asks for a header backup where Header has none. One that it has is
+	// renewed in any case.
 	Backup bool
 	// BlockVolume tells Restore that there is no filesystem to look for.
 	BlockVolume bool
+	// OlderBackup lets Restore take a backup that may not be the last one.
+	OlderBackup bool
 	// WithoutClone makes Open behave as on a kernel that has no dm-clone.
 	WithoutClone bool
 }

@@ -53,7 +53,7 @@ func parseNodeFlags(args []string, stderr io.Writer) (*nodeFlags, error) {
 	fs.StringVar(&f.integrityInit, "integrity-init", driver.InitClone, `with --create-keys, how new volumes with integrity are initialised: "clone" while they are in use, "wipe" in full before`)
 	fs.IntVar(&f.hydrating, "hydrating-volumes", 2, "how many volumes are initialised in the background at once; the others wait, and can be used meanwhile")
 	fs.BoolVar(&f.tolerateUngrown, "tolerate-ungrown", false, "let NodeExpandVolume succeed though the wrapped driver has not grown its device")
-	fs.BoolVar(&f.headerBackup, "header-backup", false, "keep in each volume's record, under its DEK, what restore-header makes a destroyed header from; volumes without one get it when they are next staged")
+	fs.BoolVar(&f.headerBackup, "header-backup", false, "keep in each volume's record, under its DEK, what restore-header makes a destroyed header from; volumes without one get it when they are next staged, and one that is there is kept up to date without this too")
 	fs.StringVar(&f.registrationPath, "kubelet-registration-path", "", "path of --endpoint's socket on the node: the plugin registers itself with kubelet, in --kubelet-dir/plugins_registry; empty leaves that to node-driver-registrar")
 	f.kubernetes.add(fs)
 	f.worker = workerFlag(fs)

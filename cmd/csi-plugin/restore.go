@@ -17,7 +17,7 @@ import (
 type restoreFlags struct {
 	log        logging.Flags
 	device, id string
-	block      bool
+	options    cryptmapper.RestoreOptions
 	worker     *string
 	keys       keyFlags
 }
@@ -28,7 +28,8 @@ func parseRestoreFlags(args []string, stderr io.Writer) (*restoreFlags, error) {
 	f.log.Add(fs)
 	fs.StringVar(&f.device, "device", "", "block device whose header is destroyed; not open (required)")
 	fs.StringVar(&f.id, "dek-id", "", "whose volume it is: <driver name>/<volume ID> (required)")
-	fs.BoolVar(&f.block, "block-volume", false, "the volume has no filesystem, so that none must be found before a header is written: without integrity nothing else then tells the right disk from a wrong one")
+	fs.BoolVar(&f.options.BlockVolume, "block-volume", false, "the volume has no filesystem, so that none must be found before a header is written: without integrity nothing else then tells the right disk from a wrong one")
+	fs.BoolVar(&f.options.OlderBackup, "older-backup", false, "take a header backup that is older than the volume, or may be: what a volume with integrity has behind its size of then is wiped when it grows again")
 	f.worker = workerFlag(fs)
 	f.keys.direct.Add(fs)
 	f.keys.service.add(fs)
@@ -88,7 +89,7 @@ func restoreHeader(ctx context.Context, args []string, stdout, stderr io.Writer)
 	cm := cryptmapper.New(cryptmapper.Options{Worker: []string{*f.worker}})
 	defer cm.Shutdown()
 	v := cryptmapper.Volume{Name: name, Device: f.device}
-	h, restored, err := cm.Restore(ctx, v, d, f.block)
+	h, restored, err := cm.Restore(ctx, v, d, f.options)
 	switch {
 	case err != nil:
 		return err

@@ -94,6 +94,7 @@ func TestRestoreCommandLines(t *testing.T) {
 		says string
 	}{
 		{"restore-header --help", 0, "-block-volume"},
+		{"restore-header --help", 0, "-older-backup"},
 		{"restore-header", 2, "--device is required"},
 		{"restore-header --device=/dev/null --dek-id=v --key-service=unix:///k", 2, "<driver name>/<volume ID>"},
 		{volume, 2, "--key-service, or --kms-uri"},

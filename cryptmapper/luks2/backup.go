@@ -19,6 +19,9 @@ import (
 // Backup is what a finished volume's header can be made again from. Everything
 // else in a header is the same for all, or new salts.
 type Backup struct {
+	// Sequence of the token that it was made of; 0 where it is of version 1 or 2,
+	// which do not say.
+	Sequence   uint64
 	SectorSize int
 	Size       int64      // as the token says
 	Integrity  *Geometry  // nil without integrity
@@ -26,27 +29,41 @@ type Backup struct {
 	VolumeKey  secret.Bytes
 }
 
-// The backup's form, version 1: base64 of a nonce (12 bytes) and the AES-256-GCM
+// The backup's form, version 3: base64 of a nonce (12 bytes) and the AES-256-GCM
 // ciphertext, with its tag, of
 //
-//	version (1 byte, 1), sector size (4), size (8),
+//	version (1 byte, 3), sector size (4), size (8),
 //	the integrity geometry's sectors (8), tag size (4), journal sectors (8) and
 //	interleave sectors (4), all 0 without integrity,
+//	the token's sequence (8),
+//	where hydration starts (8), its region (4), both 0 where nothing hydrates,
 //	volume key (64, with integrity 96)
 //
-// and version 2, of a volume that hydrates, where version 1 has the volume key:
-//
-//	where hydration starts (8), its region (4), volume key (96)
-//
-// with all numbers big endian. The key is HKDF-SHA-256(DEK, no salt,
-// "cryptcsi luks2 backup v1"), the associated data the LUKS UUID and the DEK ID.
+// with all numbers big endian. Versions 1 and 2 are read and not made any more:
+// they have no sequence, and version 1 has no hydration. The key is
+// HKDF-SHA-256(DEK, no salt, "cryptcsi luks2 backup v1"), the associated data the
+// LUKS UUID and the DEK ID.
 const (
-	backupVersion   = 1
-	backupHydrating = 2
-	backupFixed     = 37 // bytes before the volume key
-	backupHydration = 12 // more in version 2
-	backupLabel     = "cryptcsi luks2 backup v1"
+	backupVersion = 3
+	backupCommon  = 37                // bytes that each version begins with
+	backupSecond  = backupCommon + 12 // bytes before the volume key in version 2
+	backupFixed   = backupSecond + 8  // and in version 3
+	backupLabel   = "cryptcsi luks2 backup v1"
 )
+
+// versionOf is the version of a backup that has so many bytes before the volume
+// key, 0 for none that we read.
+func versionOf(fixed int) byte {
+	switch fixed {
+	case backupCommon:
+		return 1
+	case backupSecond:
+		return 2
+	case backupFixed:
+		return backupVersion
+	}
+	return 0
+}
 
 // SealBackup returns b as text for the record of h's DEK.
 func (h *Header) SealBackup(vk, key secret.Bytes) (string, error) {
@@ -57,11 +74,11 @@ func (h *Header) SealBackup(vk, key secret.Bytes) (string, error) {
 	if h.Token.Integrity != nil {
 		g = *h.Token.Integrity
 	}
-	fixed := backupFixed
+	var hydration Hydration
 	if h.Token.Hydration != nil {
-		fixed += backupHydration
+		hydration = *h.Token.Hydration
 	}
-	plain := secret.New(fixed + vk.Len())
+	plain := secret.New(backupFixed + vk.Len())
 	defer plain.Wipe()
 	b, big := plain.Expose(), binary.BigEndian
 	b[0] = backupVersion
@@ -71,12 +88,10 @@ func (h *Header) SealBackup(vk, key secret.Bytes) (string, error) {
 	big.PutUint32(b[21:], uint32(g.TagSize))
 	big.PutUint64(b[25:], uint64(g.JournalSectors))
 	big.PutUint32(b[33:], uint32(g.Interleave))
-	if hydration := h.Token.Hydration; hydration != nil {
-		b[0] = backupHydrating
-		big.PutUint64(b[backupFixed:], uint64(hydration.Start))
-		big.PutUint32(b[backupFixed+8:], uint32(hydration.Region))
-	}
-	copy(b[fixed:], vk.Expose())
+	big.PutUint64(b[backupCommon:], h.Token.Sequence)
+	big.PutUint64(b[backupCommon+8:], uint64(hydration.Start))
+	big.PutUint32(b[backupCommon+16:], uint32(hydration.Region))
+	copy(b[backupFixed:], vk.Expose())
 	aead, err := backupCipher(key)
 	if err != nil {
 		return "", err
@@ -103,8 +118,9 @@ func OpenBackup(text, uuid string, want Want, key secret.Bytes) (Backup, error) 
 	}
 	n := aead.NonceSize()
 	fixed := len(sealed) - n - int(want.keySize()) - aead.Overhead()
-	if fixed != backupFixed && (fixed != backupFixed+backupHydration || want.Spec.Layout != dek.LayoutClone) {
-		return corrupt("it has %d bytes, not those of a volume with integrity %q", len(sealed), want.Spec.Integrity)
+	version := versionOf(fixed)
+	if version == 0 {
+		return corrupt("it has %d bytes, not those of a volume with integrity %q, or a later release made it", len(sealed), want.Spec.Integrity)
 	}
 	plain := secret.New(len(sealed) - n - aead.Overhead())
 	defer plain.Wipe()
@@ -112,8 +128,8 @@ func OpenBackup(text, uuid string, want Want, key secret.Bytes) (Backup, error) 
 	if _, err := aead.Open(b[:0], sealed[:n], sealed[n:], backupData(want.ID, uuid)); err != nil {
 		return corrupt("it does not open under its DEK for header %s: it was changed, or is another volume's", uuid)
 	}
-	if hydrates := fixed > backupFixed; b[0] != backupVersion && !hydrates || b[0] != backupHydrating && hydrates {
-		return corrupt("it has version %d and this build reads %d, and %d where the volume hydrates: upgrade it", b[0], backupVersion, backupHydrating)
+	if b[0] != version {
+		return corrupt("it has version %d and the length of version %d: upgrade this build", b[0], version)
 	}
 	got := Backup{SectorSize: int(big.Uint32(b[1:])), Size: int64(big.Uint64(b[5:]))}
 	g := Geometry{Sectors: int64(big.Uint64(b[13:])), TagSize: int(big.Uint32(b[21:])), JournalSectors: int64(big.Uint64(b[25:])), Interleave: int(big.Uint32(b[33:]))}
@@ -122,12 +138,37 @@ func OpenBackup(text, uuid string, want Want, key secret.Bytes) (Backup, error) 
 	} else if g != (Geometry{}) {
 		return corrupt("it has an integrity geometry, and the volume has no integrity")
 	}
-	if fixed > backupFixed {
-		got.Hydration = &Hydration{Start: int64(big.Uint64(b[backupFixed:])), Region: int(big.Uint32(b[backupFixed+8:]))}
+	rest := b[backupCommon:fixed]
+	if version >= 3 {
+		got.Sequence, rest = big.Uint64(rest), rest[8:]
+	}
+	if version >= 2 {
+		got.Hydration = &Hydration{Start: int64(big.Uint64(rest)), Region: int(big.Uint32(rest[8:]))}
+	}
+	if version >= 3 && *got.Hydration == (Hydration{}) {
+		got.Hydration = nil
+	}
+	if got.Hydration != nil && want.Spec.Layout != dek.LayoutClone {
+		return corrupt("it hydrates, and the volume has the layout %q", want.Spec.Layout)
 	}
 	got.VolumeKey = secret.New(int(want.keySize()))
 	copy(got.VolumeKey.Expose(), b[fixed:])
 	return got, nil
+}
+
+// Of tells whether b is what SealBackup makes of h: nothing of what it holds has
+// changed since. One of version 1 or 2, which cannot tell, is none.
+func (b Backup) Of(h *Header) bool {
+	t := h.Token
+	return b.Sequence == t.Sequence && b.SectorSize == h.sectorSize && b.Size == t.Size && same(b.Integrity, t.Integrity) && same(b.Hydration, t.Hydration)
+}
+
+// same compares what may be absent.
+func same[T comparable](a, b *T) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return *a == *b
 }
 
 func backupData(id dek.ID, uuid string) []byte { return []byte(uuid + string(id)) }

@@ -7,6 +7,7 @@ import (
 	"crypto/hkdf"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -23,12 +24,14 @@ import (
 	"github.com/cryptcsi/cryptcsi/test/vm/kernel"
 )
 
-// backupVector is the one in docs/header-format.md, made with Python's
-// cryptography: of the volume key 00 to 5f, under the DEK 01…01.
-const backupVector = "AgICAgICAgICAgIC9gxO6HkAp9ZCEePDmAJuMl2fdAVVqRAOzWUbvhfg8VHHPwLEgJR7qPNSOtl7nHkv+k8Qhf4RPVWVw5N7VOlsO0M5TwPBh43psW/oYV/4LcK+ZaVP0T7v+2LudD37zooHxodfTw3I+xnAl9Hqdc+5/W8IzuzHV8NWVZQ4WydGAONOmXUZkwspl8cm9J50iwj9hVK5eHI="
-
-// hydratingVector is the other one there, of a volume that hydrates.
-const hydratingVector = "AwMDAwMDAwMDAwMD//zUZ9Q06pAOzoAzJHZk5mBNB5+BzQbcNSYxuBvcVfEZNClg7hfnOH6TSR1zPM9OJQHMVMLmI/3p/ZIqaMri80SBetaEvPr7Y1UtaRmDbMZBlfB0njnGixoIvzeO2XrCmVU4z8p0HfDhba1AAu+mu1R38Rzzk0PxT9R5JhfCPsY1ECkq8+mZG7VIzmQsmVrigDFNAn1W9/wisV4YO7bcSBM="
+// The vectors of docs/header-format.md, made with Python's cryptography: of the
+// volume key 00 to 5f, under the DEK 01…01. Two are of the versions that earlier
+// releases made and that records still have.
+const (
+	backupVector    = "BAQEBAQEBAQEBAQE1erFaObqFayI2zJlA3Pmwo2lq5Izo6r1kUtajh5WCost4sTKUU6BoKgMM4IF6qh99zwabS5eCDIjlj/DNRHkMo89lpCI0Iwm/JAM0r5ml4Gvi3Uh20Gex6l5Fvsk/OBJPe1o2cfC+TDEWEFamJ/De3made5MjgLQL3j7vlBrr5G6NQJkaChtmUKFRJHHDpj+5kGED/NwvK5kt3s5wu23hXl5IDSjv7fAiA=="
+	firstVector     = "AgICAgICAgICAgIC9gxO6HkAp9ZCEePDmAJuMl2fdAVVqRAOzWUbvhfg8VHHPwLEgJR7qPNSOtl7nHkv+k8Qhf4RPVWVw5N7VOlsO0M5TwPBh43psW/oYV/4LcK+ZaVP0T7v+2LudD37zooHxodfTw3I+xnAl9Hqdc+5/W8IzuzHV8NWVZQ4WydGAONOmXUZkwspl8cm9J50iwj9hVK5eHI="
+	hydratingVector = "AwMDAwMDAwMDAwMD//zUZ9Q06pAOzoAzJHZk5mBNB5+BzQbcNSYxuBvcVfEZNClg7hfnOH6TSR1zPM9OJQHMVMLmI/3p/ZIqaMri80SBetaEvPr7Y1UtaRmDbMZBlfB0njnGixoIvzeO2XrCmVU4z8p0HfDhba1AAu+mu1R38Rzzk0PxT9R5JhfCPsY1ECkq8+mZG7VIzmQsmVrigDFNAn1W9/wisV4YO7bcSBM="
+)
 
 func protected() luks2.Want {
 	w := want
@@ -44,47 +47,106 @@ func countUp(n int) []byte {
 	return b
 }
 
-func TestBackupVector(t *testing.T) {
+func TestBackupVectors(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/header-format.md")
-	if err != nil || !strings.Contains(string(doc), "`"+backupVector+"`") {
-		t.Errorf("docs/header-format.md does not have the vector (%v)", err)
-	}
-	b, err := luks2.OpenBackup(backupVector, uuid, protected(), newKey(1))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer b.VolumeKey.Wipe()
-	if b.SectorSize != 4096 || b.Size != 41943040 || *b.Integrity != (luks2.Geometry{Sectors: 81920, TagSize: 32, JournalSectors: 704, Interleave: 32768}) ||
-		!bytes.Equal(b.VolumeKey.Expose(), countUp(96)) {
-		t.Errorf("it holds %+v", b)
-	}
-	token := b.Token(protected(), 9)
-	if !token.Made || token.Initialised != token.Size || token.Size != b.Size || token.Sequence != 9 || token.DEKID != string(id) {
-		t.Errorf("the token is %+v", token)
+	geometry := luks2.Geometry{Sectors: 81920, TagSize: 32, JournalSectors: 704, Interleave: 32768}
+	hydration := luks2.Hydration{Start: 4194304, Region: 4096}
+	for _, tt := range []struct {
+		name, text string
+		layout     string
+		want       luks2.Backup
+		// Of the token that is made from it.
+		initialised, reserved int64
+	}{
+		{"version 3", backupVector, dek.LayoutClone, luks2.Backup{Sequence: 7, Size: 39841792, Hydration: &hydration}, 4194304, 2101248},
+		{"version 2", hydratingVector, dek.LayoutClone, luks2.Backup{Size: 39841792, Hydration: &hydration}, 4194304, 2101248},
+		{"version 1", firstVector, "", luks2.Backup{Size: 41943040}, 41943040, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if !strings.Contains(string(doc), "`"+tt.text+"`") {
+				t.Error("docs/header-format.md does not have the vector")
+			}
+			w := protected()
+			if _, err := luks2.OpenBackup(tt.text, uuid, w, newKey(1)); tt.layout != "" && !errors.Is(err, errdefs.ErrCorrupt) {
+				t.Errorf("for a volume without the layout: %v", err)
+			}
+			w.Spec.Layout = tt.layout
+			b, err := luks2.OpenBackup(tt.text, uuid, w, newKey(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.VolumeKey.Wipe()
+			if b.SectorSize != 4096 || b.Sequence != tt.want.Sequence || b.Size != tt.want.Size || *b.Integrity != geometry ||
+				(b.Hydration == nil) != (tt.want.Hydration == nil) || b.Hydration != nil && *b.Hydration != hydration ||
+				!bytes.Equal(b.VolumeKey.Expose(), countUp(96)) {
+				t.Errorf("it holds %+v", b)
+			}
+			token := b.Token(w, 9)
+			if !token.Made || token.Initialised != tt.initialised || token.Reserved != tt.reserved || token.Size != b.Size ||
+				token.Hydration != b.Hydration || token.Sequence != 9 || token.DEKID != string(id) || token.Version != luks2.TokenVersion(w.Spec) {
+				t.Errorf("the token is %+v", token)
+			}
+		})
 	}
 }
 
-func TestHydratingBackupVector(t *testing.T) {
-	doc, err := os.ReadFile("../../docs/header-format.md")
-	if err != nil || !strings.Contains(string(doc), "`"+hydratingVector+"`") {
-		t.Errorf("docs/header-format.md does not have the vector (%v)", err)
+// A backup is of the header that it was made from until anything changes that it holds.
+func TestBackupOf(t *testing.T) {
+	for _, f := range ours(t) {
+		t.Run(f.name, func(t *testing.T) {
+			key := newKey(1)
+			defer key.Wipe()
+			h := f.read(t, key).Header
+			n := 64
+			if f.want.Spec.Integrity != dek.IntegrityNone {
+				n = 96
+			}
+			text, err := h.SealBackup(secret.Take(countUp(n)), key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := luks2.OpenBackup(text, uuidOf(h), f.want, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer b.VolumeKey.Wipe()
+			if !b.Of(h) {
+				t.Error("it is not of its own header")
+			}
+			next, err := h.With(h.Token, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b.Of(next) {
+				t.Error("it is of a header with a later sequence")
+			}
+			for what, change := range map[string]func(b *luks2.Backup){
+				"an earlier version":  func(b *luks2.Backup) { b.Sequence = 0 },
+				"another size":        func(b *luks2.Backup) { b.Size += 4096 },
+				"another sector size": func(b *luks2.Backup) { b.SectorSize /= 8 },
+				"another geometry":    func(b *luks2.Backup) { b.Integrity = &luks2.Geometry{Sectors: 8} },
+				"another hydration":   func(b *luks2.Backup) { b.Hydration = &luks2.Hydration{Region: 8192} },
+				"geometry or none":    func(b *luks2.Backup) { b.Integrity = swapped(b.Integrity) },
+				"hydration or none":   func(b *luks2.Backup) { b.Hydration = swapped(b.Hydration) },
+			} {
+				other := b
+				if change(&other); other.Of(h) {
+					t.Errorf("%s: still of it", what)
+				}
+			}
+		})
 	}
-	w := protected()
-	if _, err := luks2.OpenBackup(hydratingVector, uuid, w, newKey(1)); !errors.Is(err, errdefs.ErrCorrupt) {
-		t.Errorf("for a volume without the layout: %v", err)
+}
+
+// swapped is nil of something, and something of nil.
+func swapped[T any](p *T) *T {
+	if p != nil {
+		return nil
 	}
-	w.Spec.Layout = dek.LayoutClone
-	b, err := luks2.OpenBackup(hydratingVector, uuid, w, newKey(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.VolumeKey.Wipe()
-	if b.Size != 39841792 || *b.Hydration != (luks2.Hydration{Start: 4194304, Region: 4096}) || !bytes.Equal(b.VolumeKey.Expose(), countUp(96)) {
-		t.Errorf("it holds %+v", b)
-	}
-	if token := b.Token(w, 9); token.Initialised != 4194304 || token.Reserved != 2101248 || *token.Hydration != *b.Hydration || token.Version != 2 {
-		t.Errorf("the token is %+v", token)
-	}
+	return new(T)
 }
 
 // What is sealed opens by the description alone, and by OpenBackup only as it was.
@@ -102,15 +164,11 @@ func TestBackup(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			version, fixed := byte(1), 37
-			if h.Token.Hydration != nil {
-				version, fixed = 2, 49
-			}
-			if plain := documentBackup(t, text); plain[0] != version || !bytes.Equal(plain[fixed:], countUp(n)) || len(text) > 300 {
+			if plain := documentBackup(t, text); plain[0] != 3 || binary.BigEndian.Uint64(plain[37:]) != h.Token.Sequence || !bytes.Equal(plain[57:], countUp(n)) || len(text) > 300 {
 				t.Errorf("%d characters hold %x", len(text), plain)
 			}
 			b, err := luks2.OpenBackup(text, uuidOf(h), f.want, key)
-			if err != nil || !b.VolumeKey.Equal(vk) || b.Size != h.Token.Size || b.SectorSize != h.SectorSize() ||
+			if err != nil || !b.VolumeKey.Equal(vk) || b.Sequence != h.Token.Sequence || b.Size != h.Token.Size || b.SectorSize != h.SectorSize() ||
 				(b.Integrity == nil) != (h.Token.Integrity == nil) || b.Integrity != nil && *b.Integrity != *h.Token.Integrity {
 				t.Fatalf("OpenBackup = %+v, %v", b, err)
 			}

@@ -596,7 +596,7 @@ func TestKernelCloneRestoreHeader(t *testing.T) {
 		f.close(t)
 		writeAt(t, f.v.Device, 0, disasters[name]())
 		f.refused(t, errdefs.ErrState, "will not be formatted")
-		if h, restored, err := f.Restore(t.Context(), f.v, f.d, true); err != nil || !restored || h.UUID != m.Header.UUID || h.Sequence != m.Header.Sequence {
+		if h, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{BlockVolume: true}); err != nil || !restored || h.UUID != m.Header.UUID || h.Sequence != m.Header.Sequence {
 			t.Fatalf("%s: Restore = %+v, %v, %v", name, h, restored, err)
 		}
 		again := f.open(t)

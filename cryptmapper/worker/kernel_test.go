@@ -2,6 +2,7 @@ package worker_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -111,8 +112,10 @@ func (f *fixture) made(t *testing.T, content string) cryptmapper.Mapping {
 	return m
 }
 
-// confirm does to the DEK what ConfirmDEK does to the record.
+// confirm does to the DEK what ConfirmDEK does to the record: without a header
+// backup that keeps what it has.
 func (f *fixture) confirm(m cryptmapper.Mapping) {
+	m.Header.Backup = cmp.Or(m.Header.Backup, f.d.Header.Backup)
 	f.d.State, f.d.Header = dek.Formatted, m.Header
 }
 

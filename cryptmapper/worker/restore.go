@@ -13,10 +13,12 @@ import (
 )
 
 // backup returns what the record is to keep of the header of a finished volume,
-// "" where it has that already, or nobody asked.
+// "" where it has that already, or has nothing and nobody asked. What it has is
+// renewed by every node, asked or not: an older one would make a header of an
+// older size.
 func (o *operation) backup(dev *device, h *luks2.Header) (string, error) {
-	has := o.Header.Backup != "" && o.Header.Sequence >= h.Token.Sequence
-	if !o.Backup || !h.Token.Made || has || o.constellation() || o.previous {
+	wanted := o.Backup || o.Header.Backup != ""
+	if !wanted || !h.Token.Made || o.constellation() || o.previous || o.backedUp(dev, h) {
 		return "", nil
 	}
 	vk, err := o.volumeKey(dev, h, o.key)
@@ -29,6 +31,17 @@ func (o *operation) backup(dev *device, h *luks2.Header) (string, error) {
 		return "", errdefs.Errorf(errdefs.ErrState, "making the header backup: %w", err)
 	}
 	return text, nil
+}
+
+// backedUp tells whether the backup in the record is of h. The record's sequence
+// does not say: it rises without a backup too. One that cannot be read is as none.
+func (o *operation) backedUp(dev *device, h *luks2.Header) bool {
+	b, err := luks2.OpenBackup(o.Header.Backup, h.Copy.UUID(), o.want(dev), o.key)
+	if err != nil {
+		return false
+	}
+	defer b.VolumeKey.Wipe()
+	return b.Of(h)
 }
 
 // validRestore checks what only Restore is told.
@@ -75,6 +88,9 @@ func (o *operation) restore() (dek.HeaderID, bool, error) {
 	if err != nil {
 		return none, false, err
 	}
+	if err := o.latest(dev, b, h); err != nil {
+		return none, false, err
+	}
 	o.step("header made in memory")
 	if err := o.fits(dev, h); err != nil {
 		return none, false, err
@@ -96,6 +112,25 @@ func (o *operation) mayRestore(dev *device, found luks2.Found) error {
 		return err
 	case what != "" && (what != `"crypto_LUKS"` || len(found.UUIDs) == 0):
 		return errdefs.Errorf(errdefs.ErrState, "device %s holds %s where the volume's header was: is it the right disk? nothing was changed", dev.number, what)
+	}
+	return nil
+}
+
+// latest fails where the volume may have grown since the backup was made: what
+// it has behind its size of then would be wiped when it grows again. A backup of
+// the confirmed sequence is of the last header that anybody knows of. One of
+// version 1 or 2 does not say when it was made; where the device gives the volume
+// no more than it had then, nothing is behind. Without integrity growing wipes
+// nothing, and no other part of a backup ever changes.
+func (o *operation) latest(dev *device, b luks2.Backup, h *luks2.Header) error {
+	const consequence = "what the volume may have behind %d bytes would be wiped when it grows to that again; nothing was changed. If the volume never grew since, or that may be lost, restore with --older-backup, after a snapshot of the disk"
+	switch {
+	case o.OlderBackup, b.Integrity == nil, b.Sequence != 0 && b.Sequence >= o.Header.Sequence:
+		return nil
+	case b.Sequence != 0:
+		return errdefs.Errorf(errdefs.ErrState, "the header backup of %s is of sequence %d, and %d was confirmed later without a backup: "+consequence, o.ID, b.Sequence, o.Header.Sequence, b.Size)
+	case target(dev, h).Size > b.Size:
+		return errdefs.Errorf(errdefs.ErrState, "the header backup of %s was made by an earlier release and does not tell whether it is the last one, and device %s has room for more than it says: "+consequence, o.ID, dev.number, b.Size)
 	}
 	return nil
 }

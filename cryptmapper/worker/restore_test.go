@@ -1,8 +1,12 @@
 package worker_test
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -103,7 +107,7 @@ func TestKernelRestoreHeader(t *testing.T) {
 				writeAt(t, f.v.Device, 0, disaster())
 				f.refused(t, errdefs.ErrState, "will not be formatted")
 				raw := contents(t, f.v.Device, luks2.DataOffset)
-				h, restored, err := f.Restore(t.Context(), f.v, f.d, false)
+				h, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{})
 				if err != nil || !restored || h.UUID != f.d.Header.UUID || h.Sequence != f.d.Header.Sequence {
 					t.Fatalf("%s: Restore = %+v, %v, %v", name, h, restored, err)
 				}
@@ -111,7 +115,7 @@ func TestKernelRestoreHeader(t *testing.T) {
 					t.Fatalf("%s: restoring the header wrote to the data", name)
 				}
 				before := contents(t, f.v.Device, 0)
-				if again, restored, err := f.Restore(t.Context(), f.v, f.d, false); err != nil || restored || again.UUID != h.UUID || contents(t, f.v.Device, 0) != before {
+				if again, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{}); err != nil || restored || again.UUID != h.UUID || contents(t, f.v.Device, 0) != before {
 					t.Errorf("%s: Restore again = %+v, %v, %v", name, again, restored, err)
 				}
 				if f.through(t) != want {
@@ -122,11 +126,11 @@ func TestKernelRestoreHeader(t *testing.T) {
 			// Damage alone to both copies, and one copy that verifies.
 			writeAt(t, f.v.Device, 4096+7, []byte{0})
 			writeAt(t, f.v.Device, luks2.CopySize+4096+7, []byte{0})
-			if _, restored, err := f.Restore(t.Context(), f.v, f.d, false); err != nil || !restored {
+			if _, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{}); err != nil || !restored {
 				t.Errorf("both copies damaged: %v, %v", restored, err)
 			}
 			writeAt(t, f.v.Device, 0, make([]byte, luks2.CopySize))
-			if _, restored, err := f.Restore(t.Context(), f.v, f.d, false); err != nil || restored {
+			if _, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{}); err != nil || restored {
 				t.Errorf("one copy damaged: %v, %v", restored, err)
 			}
 			if f.through(t) != want {
@@ -159,15 +163,186 @@ func TestKernelBackupOfAnOldVolume(t *testing.T) {
 	f.confirm(m)
 	f.close(t)
 	writeAt(t, f.v.Device, 0, make([]byte, luks2.DataOffset))
-	if _, _, err := f.Restore(t.Context(), f.v, f.d, false); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "--block-volume") {
+	if _, _, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{}); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "--block-volume") {
 		t.Errorf("a volume without a filesystem: %v", err)
 	}
-	if _, restored, err := f.Restore(t.Context(), f.v, f.d, true); err != nil || !restored {
+	if _, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{BlockVolume: true}); err != nil || !restored {
 		t.Fatalf("Restore = %v, %v", restored, err)
 	}
 	if m := f.open(t); m.Size != 64*mib || string(readAt(t, m.Path, 0, 1)) != "x" {
 		t.Errorf("restored: %+v", m)
 	}
+}
+
+// A volume that grows on a node that makes no backups has its backup renewed
+// there, so that restoring it brings back all of the volume.
+func TestKernelBackupIsRenewed(t *testing.T) {
+	for _, layout := range []string{"", dek.LayoutClone} {
+		t.Run("layout="+layout, func(t *testing.T) {
+			f, precious := newGrown(t, layout)
+			if m := f.open(t); m.Header.Backup != "" {
+				t.Error("the backup was not renewed when the volume grew, but when it was opened")
+			}
+			f.close(t)
+			writeAt(t, f.v.Device, 0, make([]byte, luks2.DataOffset))
+			if _, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{BlockVolume: true}); err != nil || !restored {
+				t.Fatalf("Restore = %v, %v", restored, err)
+			}
+			f.keeps(t, precious)
+		})
+	}
+}
+
+// The record of a volume that has grown, with a backup of before: as builds left
+// it that did not renew it.
+func TestKernelStaleBackup(t *testing.T) {
+	for _, layout := range []string{"", dek.LayoutClone} {
+		for _, version := range []int{1, 3} {
+			t.Run(fmt.Sprintf("layout=%s,version=%d", layout, version), func(t *testing.T) {
+				f, precious := newGrown(t, layout)
+				last := f.d.Header.Backup
+				f.d.Header.Backup = f.staleBackup
+				if version == 1 {
+					f.d.Header.Backup = f.asFirst(t, f.staleBackup)
+				}
+				f.lend(t, func(f *fixture) {
+					writeAt(t, f.v.Device, 0, make([]byte, luks2.DataOffset))
+					before := contents(t, f.v.Device, 0)
+					_, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{BlockVolume: true})
+					if restored || !errors.Is(err, errdefs.ErrState) || !strings.Contains(fmt.Sprint(err), "--older-backup") {
+						t.Errorf("Restore = %v, %v", restored, err)
+					}
+					if contents(t, f.v.Device, 0) != before {
+						t.Error("the refused device was written to")
+					}
+					_, restored, err = f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{BlockVolume: true, OlderBackup: true})
+					if err != nil || !restored {
+						t.Fatalf("with --older-backup: %v, %v", restored, err)
+					}
+					if m := f.open(t); m.Size >= precious || string(readAt(t, m.Path, 0, 5)) != "grows" {
+						t.Errorf("with --older-backup: %+v", m)
+					}
+				})
+				m := f.open(t) // on a node that makes none
+				if m.Header.Backup == "" {
+					t.Fatal("the record has a backup of another size and gets no other")
+				}
+				f.confirm(m)
+				if f.d.Header.Backup == last {
+					t.Error("two backups have one nonce")
+				}
+				f.keeps(t, precious)
+				f.close(t)
+				writeAt(t, f.v.Device, 0, make([]byte, luks2.DataOffset))
+				if _, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{BlockVolume: true}); err != nil || !restored {
+					t.Fatalf("Restore = %v, %v", restored, err)
+				}
+				f.keeps(t, precious)
+			})
+		}
+	}
+}
+
+// A backup that an earlier release made does not tell its age. Where the device
+// has no room for a larger volume it is good all the same, and without integrity
+// wherever. It is replaced when the volume is opened.
+func TestKernelBackupOfAnEarlierRelease(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newKept(t, integrity)
+			want := f.through(t)
+			f.d.Header.Backup = f.asFirst(t, f.d.Header.Backup)
+			f.d.Header.Sequence++ // made later, by whatever
+			if integrity == dek.IntegrityNone {
+				kernel.Grow(t, f.v.Device, keptSize+8*mib)
+			}
+			writeAt(t, f.v.Device, 0, make([]byte, luks2.DataOffset))
+			if _, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{}); err != nil || !restored {
+				t.Fatalf("Restore = %v, %v", restored, err)
+			}
+			m := f.open(t)
+			if integrity != dek.IntegrityNone && contents(t, m.Path, 0) != want {
+				t.Error("the volume holds something else")
+			}
+			if m.Header.Backup == "" {
+				t.Fatal("it is not replaced")
+			}
+			f.confirm(m)
+			if m := f.open(t); m.Header.Backup != "" {
+				t.Error("it is replaced again")
+			}
+		})
+	}
+}
+
+// grown is a volume that grew on a node without --header-backup.
+type grown struct {
+	*fixture
+	staleBackup string // of before
+}
+
+// newGrown also returns where in the new space "precious" stands. The volume is
+// closed, and its Mapper makes no backups.
+func newGrown(t *testing.T, layout string) (*grown, int64) {
+	t.Helper()
+	g := &grown{fixture: newFixture(t, 24*mib, dek.IntegrityHMAC)}
+	g.d.Spec.Layout = layout
+	without := g.Mapper
+	g.Mapper = keeping(t, 0)
+	g.made(t, "grows")
+	if layout == dek.LayoutClone {
+		g.settled(t)
+	}
+	g.staleBackup = g.d.Header.Backup
+	g.Mapper = without
+	kernel.Grow(t, g.v.Device, 40*mib)
+	m, err := g.Resize(t.Context(), g.v, g.d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.confirm(m)
+	if layout == dek.LayoutClone {
+		g.hydrate(t)
+		g.confirm(g.finish(t))
+	}
+	writeAt(t, m.Path, m.Size-4096, []byte("precious"))
+	g.close(t)
+	return g, m.Size - 4096
+}
+
+// keeps fails unless "precious" is still there after the volume took what its
+// device has.
+func (f *fixture) keeps(t *testing.T, precious int64) {
+	t.Helper()
+	f.open(t)
+	m, err := f.Resize(t.Context(), f.v, f.d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(readAt(t, m.Path, precious, 8)); got != "precious" {
+		t.Errorf("the volume has %q where something precious was", got)
+	}
+}
+
+// asFirst is a backup as the first releases would have made it: what
+// docs/header-format.md says of version 1.
+func (f *fixture) asFirst(t *testing.T, text string) string {
+	t.Helper()
+	key, err := hkdf.Key(sha256.New, f.d.Key.Expose(), nil, "cryptcsi luks2 backup v1", 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := aes.NewCipher(key)
+	aead, _ := cipher.NewGCM(block)
+	sealed, _ := base64.StdEncoding.DecodeString(text)
+	data := []byte(f.d.Header.UUID + string(f.d.ID))
+	plain, err := aead.Open(nil, sealed[:12], sealed[12:], data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain = append(plain[:37:37], plain[57:]...)
+	plain[0] = 1
+	return base64.StdEncoding.EncodeToString(aead.Seal(sealed[:12:12], sealed[:12], plain, data))
 }
 
 func TestKernelRestoreRefusals(t *testing.T) {
@@ -222,7 +397,7 @@ func TestKernelRestoreRefusals(t *testing.T) {
 			volumes[tt.integrity].lend(t, func(f *fixture) {
 				tt.break_(t, f)
 				before := contents(t, f.v.Device, 0)
-				_, restored, err := f.Restore(t.Context(), f.v, f.d, false)
+				_, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{})
 				if restored || !errors.Is(err, tt.class) || !strings.Contains(fmt.Sprint(err), tt.words) {
 					t.Errorf("Restore: %v, %v; want %v with %q", restored, err, tt.class, tt.words)
 				}
@@ -243,11 +418,11 @@ func TestKernelRestoreKilledAtSteps(t *testing.T) {
 			step, stride := sample(t, 4)
 			for ; ; step += stride {
 				writeAt(t, f.v.Device, 0, disasters["noise"]())
-				_, _, err := keeping(t, step).Restore(t.Context(), f.v, f.d, false)
+				_, _, err := keeping(t, step).Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{})
 				if err != nil && !strings.Contains(err.Error(), "killed") && !strings.Contains(err.Error(), "died") {
 					t.Fatalf("step %d: %v", step, err)
 				}
-				if _, _, again := f.Restore(t.Context(), f.v, f.d, false); again != nil {
+				if _, _, again := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{}); again != nil {
 					t.Fatalf("step %d: Restore again: %v", step, again)
 				}
 				if f.through(t) != want {

@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"testing"
 
+	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/secret"
@@ -117,7 +118,7 @@ func TestKernelRotatedSourceIsRestored(t *testing.T) {
 			f.close(t)
 			f.d = source
 			f.refused(t, errdefs.ErrState, "belongs to")
-			h, restored, err := f.Restore(t.Context(), f.v, f.d, false)
+			h, restored, err := f.Restore(t.Context(), f.v, f.d, cryptmapper.RestoreOptions{})
 			if err != nil || !restored || h.UUID != source.Header.UUID {
 				t.Fatalf("Restore = %+v, %v, %v", h, restored, err)
 			}
