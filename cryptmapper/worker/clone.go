@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -294,13 +293,6 @@ func (o *operation) rolledBack() error {
 
 func (o *operation) unreadable() error {
 	return errdefs.Errorf(errdefs.ErrState, "dm-clone's metadata on device %s cannot be read: it was changed, or the device is damaged", o.Volume.Device)
-}
-
-// aligned returns memory that direct I/O can use.
-func aligned(n int) []byte {
-	b := make([]byte, 2*n)
-	off := n - int(uintptr(unsafe.Pointer(&b[0]))%uintptr(n))
-	return b[off : off+n]
 }
 
 // seed writes zeros to the first region, so that from now on metadata in which

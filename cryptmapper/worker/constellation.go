@@ -22,11 +22,11 @@ func (o *operation) constellation() bool { return o.Spec.Layout == dek.LayoutCon
 func (o *operation) read(dev *device) (luks2.Found, error) {
 	switch {
 	case o.State == dek.Rotating:
-		return o.readEither(dev, dev.file)
+		return o.readEither(dev, dev)
 	case !o.constellation():
-		return luks2.Read(dev.file, o.want(dev), o.key)
+		return luks2.Read(dev, o.want(dev), o.key)
 	}
-	found, err := luks2.ReadConstellation(dev.file, o.want(dev))
+	found, err := luks2.ReadConstellation(dev, o.want(dev))
 	if found.Header != nil {
 		found.Header.Token.Made = true // there is nothing left to make
 	}

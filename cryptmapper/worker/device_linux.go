@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
+	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
@@ -20,6 +21,7 @@ import (
 // file is what is read, written and mapped.
 type device struct {
 	file   *os.File
+	raw    *os.File // past the page cache, see ReadAt
 	number dm.Number
 	seq    uint64 // diskseq: differs for each disk that ever had this number; 0 where the kernel has none
 	size   int64
@@ -49,6 +51,10 @@ func openDevice(path string, write bool) (*device, error) {
 		d.close()
 		return nil, cannotWrite
 	}
+	if d.raw, err = os.OpenFile(d.path(), mode|unix.O_DIRECT|unix.O_CLOEXEC, 0); err != nil {
+		d.close()
+		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "opening device %s past the page cache: %w", path, err)
+	}
 	return d, nil
 }
 
@@ -74,7 +80,56 @@ func (d *device) identify(path string) error {
 	return nil
 }
 
-func (d *device) close() { _ = d.file.Close() }
+func (d *device) close() {
+	_ = d.file.Close()
+	_ = d.raw.Close()
+}
+
+// ReadAt reads what is on the disk. The page cache has what this node last saw
+// there: of a volume that is open it is kept, whatever the kernel's mappings, or
+// another node that has the volume open too, wrote since.
+func (d *device) ReadAt(p []byte, off int64) (int, error) {
+	b, skip := d.span(len(p), off)
+	n, err := d.raw.ReadAt(b, off-int64(skip))
+	if n = copy(p, b[min(skip, n):n]); n == len(p) {
+		err = nil
+	}
+	return n, err
+}
+
+// WriteAt writes to the disk exactly what it is given, if that is whole sectors:
+// the page cache may write more, in blocks of a page, and what it has of the rest
+// may be older than the disk.
+func (d *device) WriteAt(p []byte, off int64) (int, error) {
+	b, skip := d.span(len(p), off)
+	if len(b) != len(p) {
+		if _, err := d.raw.ReadAt(b, off-int64(skip)); err != nil {
+			return 0, err
+		}
+	}
+	copy(b[skip:], p)
+	n, err := d.raw.WriteAt(b, off-int64(skip))
+	return min(max(0, n-skip), len(p)), err
+}
+
+// Sync makes durable what was written, either way.
+func (d *device) Sync() error { return d.raw.Sync() }
+
+// span returns memory for the whole sectors that n bytes at off touch, and where
+// they begin in it.
+func (d *device) span(n int, off int64) (b []byte, skip int) {
+	sector := int64(d.sector)
+	skip = int(off % sector)
+	return aligned(int((int64(skip+n) + sector - 1) / sector * sector)), skip
+}
+
+// aligned returns memory that direct I/O can use, whatever its length.
+func aligned(n int) []byte {
+	const unit = 4096
+	b := make([]byte, n+unit)
+	off := unit - int(uintptr(unsafe.Pointer(&b[0]))%unit)
+	return b[off : off+n]
+}
 
 // path leads to exactly this open device, for libcryptsetup and programs.
 func (d *device) path() string { return fmt.Sprintf("/proc/self/fd/%d", d.file.Fd()) }
@@ -89,7 +144,7 @@ func (d *device) exclusive() error {
 }
 
 // zero writes zeros over [offset, offset+length) and syncs.
-func zero(file *os.File, offset, length int64) error {
+func zero(file luks2.Device, offset, length int64) error {
 	block := make([]byte, min(length, 1<<20))
 	for length > 0 {
 		n := min(length, int64(len(block)))

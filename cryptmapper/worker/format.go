@@ -87,7 +87,7 @@ func (o *operation) format(dev *device) (*luks2.Header, error) {
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "sealing the new header: %w", err)
 	}
-	return h, h.Write(dev.file, o.step)
+	return h, h.Write(dev, o.step)
 }
 
 // update writes the header with a changed token to the device. A header that
@@ -102,7 +102,7 @@ func (o *operation) update(dev *device, h *luks2.Header, change func(*luks2.Toke
 	if err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrState, "changing the header's token: %w", err)
 	}
-	return next, next.WriteCopies(dev.file, o.step)
+	return next, next.WriteCopies(dev, o.step)
 }
 
 // initialise writes every sector of an integrity volume once, so that all have
@@ -203,13 +203,9 @@ func (d *device) probe() error {
 
 // readable fails unless blkid can read from the device what it looks at.
 func (d *device) readable() error {
-	file, err := d.direct(unix.O_RDONLY)
-	if err == nil {
-		defer func() { _ = file.Close() }()
-		_, err = file.ReadAt(aligned(int(min(signaturesHead, d.size))), 0)
-	}
+	_, err := d.ReadAt(make([]byte, min(signaturesHead, d.size)), 0)
 	if tail := min(signaturesTail, d.size); err == nil {
-		_, err = file.ReadAt(aligned(int(tail)), d.size-tail)
+		_, err = d.ReadAt(make([]byte, tail), d.size-tail)
 	}
 	if err != nil {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "device %s is to be formatted, but it cannot be seen whether it holds anything: %w; it will not be touched", d.number, err)

@@ -7,6 +7,7 @@ import (
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
+	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
@@ -242,11 +243,18 @@ func (o *operation) second(dev *device, h *luks2.Header, name string) error {
 }
 
 // catchUp lets a mapping without dm-clone that is shorter than the token says
-// have its size: a growth was cut short before its last step.
+// have its size: a growth was cut short before its last step, or, without
+// integrity, another node that has the volume open let it grow.
 func (o *operation) catchUp(dev *device, h *luks2.Header) error {
 	s, err := cryptmapper.ReadStack(o.Volume.Name)
-	if err != nil || o.constellation() || h.Token.Integrity == nil || s.Integrity == nil || s.Crypt.Length*512 >= h.Token.Size {
+	if err != nil || s.Crypt.Length*512 >= h.Token.Size {
 		return err
+	}
+	if s.Integrity == nil && o.Spec.Integrity == dek.IntegrityNone {
+		return o.grow(dev, h, h.Token.Size)
+	}
+	if s.Integrity == nil || h.Token.Integrity == nil {
+		return nil // for verify to refuse
 	}
 	if err := removeOne(cryptmapper.CryptName(o.Volume.Name)); err != nil {
 		return err

@@ -884,3 +884,35 @@ func unwritable(t *testing.T, path string) {
 		t.Error("a read-only mapping was written to")
 	}
 }
+
+// A disk with sectors of 4096 bytes, on which nothing smaller can be written.
+func TestKernelLargeSectors(t *testing.T) {
+	for _, integrity := range modes {
+		t.Run("integrity="+string(integrity), func(t *testing.T) {
+			f := newFixture(t, 40*mib, integrity)
+			file, err := os.Open(f.v.Device)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = unix.IoctlSetInt(int(file.Fd()), unix.LOOP_SET_BLOCK_SIZE, 4096)
+			if err = errors.Join(err, file.Close()); err != nil {
+				t.Fatal(err)
+			}
+			m := f.made(t, "large")
+			kernel.Grow(t, f.v.Device, 48*mib)
+			grown, err := f.Resize(t.Context(), f.v, f.d)
+			if err != nil || grown.Size <= m.Size {
+				t.Fatalf("Resize = %+v, %v", grown, err)
+			}
+			f.confirm(grown)
+			f.close(t)
+			writeAt(t, f.v.Device, 0, make([]byte, luks2.CopySize)) // to be repaired
+			f.open(t)
+			f.close(t)
+			f.asCopy() // to be given another key
+			if m := f.open(t); m.Size != grown.Size || string(readAt(t, m.Path, 0, 5)) != "large" {
+				t.Errorf("reopened: %+v", m)
+			}
+		})
+	}
+}

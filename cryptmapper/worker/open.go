@@ -103,7 +103,7 @@ func (o *operation) raise(l *lock, dev *device, h *luks2.Header) (*luks2.Header,
 // verifies, else a new one where the rules allow to format.
 func (o *operation) header(l *lock, dev *device) (*luks2.Header, error) {
 	if o.State == dek.Rotating {
-		return o.rotated(dev, dev.file)
+		return o.rotated(dev, dev)
 	}
 	found, err := o.read(dev)
 	if err != nil {
@@ -123,7 +123,7 @@ func (o *operation) header(l *lock, dev *device) (*luks2.Header, error) {
 		return nil, err
 	}
 	if !found.Whole && !o.Volume.ReadOnly && !o.constellation() {
-		if err := h.WriteCopies(dev.file, o.step); err != nil {
+		if err := h.WriteCopies(dev, o.step); err != nil {
 			return nil, err
 		}
 	}
@@ -188,7 +188,7 @@ func (o *operation) mayFormat(dev *device, found luks2.Found) error {
 		return err
 	}
 	if len(found.UUIDs) > 0 { // our own remains
-		if err := zero(dev.file, 0, 2*luks2.CopySize); err != nil {
+		if err := zero(dev, 0, 2*luks2.CopySize); err != nil {
 			return err
 		}
 		o.step("remains wiped")

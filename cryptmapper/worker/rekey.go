@@ -75,7 +75,7 @@ func (o *operation) rekey() (dek.HeaderID, error) {
 	if o.State == dek.Prepared {
 		h, err = o.prepareRekey(dev)
 	} else {
-		h, err = o.finishRekey(dev, dev.file)
+		h, err = o.finishRekey(dev, dev)
 	}
 	if err != nil {
 		return dek.HeaderID{}, err
@@ -119,7 +119,7 @@ func (o *operation) removeTrials(n dm.Number) error {
 // prepareRekey makes the new header and puts it aside. Until it returns, and
 // after, the volume opens as before.
 func (o *operation) prepareRekey(dev *device) (*luks2.Header, error) {
-	found, err := luks2.Read(dev.file, o.want(dev), o.key)
+	found, err := luks2.Read(dev, o.want(dev), o.key)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +149,7 @@ func (o *operation) prepareRekey(dev *device) (*luks2.Header, error) {
 	if err != nil {
 		return nil, err
 	}
-	return h, o.putAside(dev, dev.file, h)
+	return h, o.putAside(dev, dev, h)
 }
 
 // asTheirs is the operation that would open the volume as it is.

@@ -80,7 +80,7 @@ func newTornRekey(t *testing.T) *tornRekey {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = file.Close() })
-	r := &tornRekey{T: t, dev: &device{file: file, size: 32 << 20, sector: 512}, operation: &operation{
+	r := &tornRekey{T: t, dev: &device{file: file, raw: file, size: 32 << 20, sector: 512}, operation: &operation{
 		Request: cryptmapper.Request{
 			Op: cryptmapper.OpRekey, Volume: cryptmapper.Volume{Name: cryptmapper.Prefix + "torn"}, ID: "test.cryptcsi.io/torn", State: dek.Prepared,
 			Spec: dek.Spec{Cipher: dek.CipherXTS}, Claim: dek.Claim{Node: "n", UUID: dek.NewUUID()}, From: dek.ID(dek.NewUUID()),

@@ -69,7 +69,7 @@ func (o *operation) restore() (dek.HeaderID, bool, error) {
 	if err := o.notOpen(dev); err != nil {
 		return none, false, err
 	}
-	found, err := luks2.Read(dev.file, o.want(dev), o.key)
+	found, err := luks2.Read(dev, o.want(dev), o.key)
 	if err != nil {
 		return none, false, err
 	}
@@ -95,7 +95,7 @@ func (o *operation) restore() (dek.HeaderID, bool, error) {
 	if err := o.fits(dev, h); err != nil {
 		return none, false, err
 	}
-	return h.ID(), true, h.Write(dev.file, o.step)
+	return h.ID(), true, h.Write(dev, o.step)
 }
 
 // mayRestore fails where the device holds anything that is not the remains of

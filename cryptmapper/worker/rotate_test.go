@@ -48,7 +48,7 @@ func newTornCopy(t *testing.T) *tornCopy {
 		Request: cryptmapper.Request{ID: "test.cryptcsi.io/source", State: dek.Prepared, Spec: dek.Spec{Cipher: dek.CipherXTS}, Claim: dek.Claim{Node: "n", UUID: dek.NewUUID()}},
 		key:     key(), step: func(string) {}, log: log,
 	}
-	c := &tornCopy{T: t, source: source, dev: &device{file: file, size: 32 << 20, sector: 512}, area: make([]byte, luks2.DataOffset)}
+	c := &tornCopy{T: t, source: source, dev: &device{file: file, raw: file, size: 32 << 20, sector: 512}, area: make([]byte, luks2.DataOffset)}
 	h, err := source.format(c.dev)
 	if err == nil {
 		h, err = source.update(c.dev, h, func(t *luks2.Token) { t.Made = true })

@@ -3,10 +3,7 @@ package worker
 import (
 	"encoding/binary"
 	"fmt"
-	"os"
 	"sort"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper/luks2"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -90,12 +87,8 @@ func pinSuperblock(dev *device, g luks2.Geometry) error {
 		return err
 	}
 	binary.LittleEndian.PutUint64(b[16:], uint64(g.Sectors))
-	file, err := dev.direct(unix.O_RDWR)
-	if err == nil {
-		defer func() { _ = file.Close() }()
-		if _, err = file.WriteAt(b, luks2.DataOffset); err == nil {
-			err = file.Sync()
-		}
+	if _, err = dev.WriteAt(b, luks2.DataOffset); err == nil {
+		err = dev.Sync()
 	}
 	if err != nil {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "writing the dm-integrity superblock of device %s: %w", dev.number, err)
@@ -103,24 +96,12 @@ func pinSuperblock(dev *device, g luks2.Geometry) error {
 	return nil
 }
 
-// readSuperblock reads it past the page cache, which does not see what the
-// kernel writes.
 func readSuperblock(dev *device) ([]byte, error) {
-	file, err := dev.direct(unix.O_RDONLY)
-	b := aligned(superblockSectors * 512)
-	if err == nil {
-		defer func() { _ = file.Close() }()
-		_, err = file.ReadAt(b, luks2.DataOffset)
-	}
-	if err != nil {
+	b := make([]byte, superblockSectors*512)
+	if _, err := dev.ReadAt(b, luks2.DataOffset); err != nil {
 		return nil, errdefs.Errorf(errdefs.ErrUnavailable, "reading the dm-integrity superblock of device %s: %w", dev.number, err)
 	}
 	return b, nil
-}
-
-// direct opens the device once more, without the page cache.
-func (d *device) direct(mode int) (*os.File, error) {
-	return os.OpenFile(d.path(), mode|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 }
 
 // journalSection is the length of one section of the journal, in sectors: a

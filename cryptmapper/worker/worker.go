@@ -151,7 +151,7 @@ func (o *operation) peek() ([]cryptmapper.HeaderCopy, error) {
 		return nil, err
 	}
 	defer dev.close()
-	found, err := luks2.Bare(dev.file)
+	found, err := luks2.Bare(dev)
 	if err != nil {
 		return nil, err
 	}
@@ -163,7 +163,7 @@ func (o *operation) peek() ([]cryptmapper.HeaderCopy, error) {
 	if len(copies) > 0 {
 		return copies, nil
 	}
-	theirs, err := luks2.ReadConstellation(dev.file, luks2.Want{})
+	theirs, err := luks2.ReadConstellation(dev, luks2.Want{})
 	for _, uuid := range theirs.UUIDs {
 		copies = append(copies, cryptmapper.HeaderCopy{UUID: uuid})
 	}
