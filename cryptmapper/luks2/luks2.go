@@ -27,6 +27,8 @@ type Found struct {
 	UUIDs []string
 	// Reason says why there is no Header, for a person.
 	Reason error
+
+	second bool // Header was read from the second copy
 }
 
 // Want is what a volume's header must say. It comes from the record or the
@@ -104,7 +106,7 @@ func read(device io.ReaderAt, want Want, template func(*Header) form, vouch func
 		}
 		verified++
 		if f.Header == nil || h.newer(f.Header) {
-			f.Header = h
+			f.Header, f.second = h, offset != 0
 		}
 	}
 	if f.Header == nil {
@@ -279,13 +281,38 @@ func (h *Header) Write(device Device, step func(string)) error {
 	return h.WriteCopies(device, step)
 }
 
-// WriteCopies is Write without the key material, for a change of the token.
+// WriteCopies is Write without the key material, for a change of the token. It
+// overwrites the second copy while the first may be all that there is: a header
+// that was not found Whole is repaired before.
 func (h *Header) WriteCopies(device Device, step func(string)) error {
-	raw := h.Copy.raw
-	if err := writeSync(device, secondary(raw), CopySize); err != nil {
+	if err := h.writeSecond(device, step); err != nil {
+		return err
+	}
+	return h.writeFirst(device, step)
+}
+
+// Repair makes both copies on a device the one in Header, by writing the other
+// place alone: whatever a crash leaves there, the copy that counts is not touched.
+func (f Found) Repair(device Device, step func(string)) error {
+	switch {
+	case f.Whole:
+		return nil
+	case f.second:
+		return f.Header.writeFirst(device, step)
+	}
+	return f.Header.writeSecond(device, step)
+}
+
+func (h *Header) writeSecond(device Device, step func(string)) error {
+	if err := writeSync(device, secondary(h.Copy.raw), CopySize); err != nil {
 		return err
 	}
 	step("secondary copy written")
+	return nil
+}
+
+func (h *Header) writeFirst(device Device, step func(string)) error {
+	raw := h.Copy.raw
 	if err := writeSync(device, raw[binarySize:], binarySize); err != nil {
 		return err
 	}

@@ -187,6 +187,54 @@ func TestTheHigherSequenceCounts(t *testing.T) {
 	}
 }
 
+// spoiling is a disk that loses what it is about to overwrite when it is cut.
+type spoiling struct{ *disk }
+
+func (d spoiling) WriteAt(p []byte, off int64) (int, error) {
+	if d.writes == 0 {
+		return copy(d.data[off:], bytes.Repeat([]byte{0xff}, len(p))), errCut
+	}
+	return d.disk.WriteAt(p, off)
+}
+
+// Repair makes a header whole and, wherever it is cut, does not touch the copy
+// that counts.
+func TestRepair(t *testing.T) {
+	key := newKey(1)
+	d, h := written(t, key)
+	next, err := h.With(h.Token, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	older := bytes.Clone(d.data)
+	if err := next.WriteCopies(d, func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	for what, other := range map[string][]byte{"older": older, "blank": make([]byte, len(older))} {
+		for _, at := range []int{0, luks2.CopySize} {
+			good := luks2.CopySize - at
+			for n := range 4 { // the last one is not cut
+				m := &disk{data: bytes.Clone(d.data), writes: n}
+				copy(m.data[at:at+luks2.CopySize], other[at:])
+				err := read(t, m, key).Repair(spoiling{m}, func(string) {})
+				if err != nil && !errors.Is(err, errCut) || err == nil && n == 0 {
+					t.Fatalf("copy at %d %s, cut after %d writes: %v", at, what, n, err)
+				}
+				if !bytes.Equal(m.data[good:good+luks2.CopySize], d.data[good:good+luks2.CopySize]) {
+					t.Errorf("copy at %d %s, cut after %d writes: the good copy was written to", at, what, n)
+				}
+				if f := read(t, m, key); f.Header == nil || f.Header.ID() != next.ID() || err == nil && !f.Whole {
+					t.Errorf("copy at %d %s, cut after %d writes: %+v", at, what, n, f)
+				}
+			}
+		}
+	}
+	m := &disk{data: bytes.Clone(d.data)}
+	if err := read(t, m, key).Repair(m, func(string) {}); err != nil {
+		t.Errorf("a whole header: %v", err)
+	}
+}
+
 // Cut anywhere, with a torn last write, a first write of a header leaves
 // nothing that verifies, or this header; remains carry its UUID. A change
 // leaves the old or the new one.

@@ -237,7 +237,7 @@ func (o *operation) fill(dev *device, h *luks2.Header) (*luks2.Header, error) {
 		}
 		o.step("mapping grown")
 	}
-	if h.Token.Size >= size {
+	if h.Token.Size >= size || o.Volume.ReadOnly {
 		return h, nil
 	}
 	return o.update(dev, h, func(t *luks2.Token) { t.Size = size })
@@ -284,6 +284,32 @@ func (o *operation) openedHeader(l *lock, dev *device) (*luks2.Header, error) {
 	if err := resumeAll(o.Volume.Name); err != nil {
 		return nil, err
 	}
+	h, err := o.wholeHeader(dev)
+	if err != nil {
+		return nil, err
+	}
+	up, err := o.existing(l, dev, h)
+	if err != nil {
+		return nil, err
+	}
+	if !up {
+		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is not open on device %s", o.Volume.Name, dev.number)
+	}
+	if h, err = o.settle(dev, h); err != nil {
+		return nil, err
+	}
+	return h, o.verify(dev, h)
+}
+
+// wholeHeader returns the header of a volume that is open, fit to be changed: in
+// its place, with its key material, in both copies. Its key may be Rotating since
+// it was opened, and an Open that gave it another header may have been cut.
+func (o *operation) wholeHeader(dev *device) (*luks2.Header, error) {
+	if o.State == dek.Rotating && !o.Volume.ReadOnly {
+		if h, _, err := o.finishAside(dev, dev); err != nil || h != nil {
+			return h, err
+		}
+	}
 	found, err := o.read(dev)
 	if err != nil {
 		return nil, err
@@ -294,18 +320,7 @@ func (o *operation) openedHeader(l *lock, dev *device) (*luks2.Header, error) {
 	if err := o.acceptable(dev, found.Header); err != nil {
 		return nil, err
 	}
-	up, err := o.existing(l, dev, found.Header)
-	if err != nil {
-		return nil, err
-	}
-	if !up {
-		return nil, errdefs.Errorf(errdefs.ErrState, "mapping %s is not open on device %s", o.Volume.Name, dev.number)
-	}
-	h, err := o.settle(dev, found.Header)
-	if err != nil {
-		return nil, err
-	}
-	return h, o.verify(dev, h)
+	return found.Header, o.repair(dev, found)
 }
 
 // close is Mapper.Close.

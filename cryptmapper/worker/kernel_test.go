@@ -916,3 +916,62 @@ func TestKernelLargeSectors(t *testing.T) {
 		})
 	}
 }
+
+// An update of the header that was cut within the first copy leaves one good
+// copy. The next call repairs the torn one, also where it has nothing else to
+// write, so that another cut, within the other copy, does not leave none.
+func TestKernelTornHeaderIsRepaired(t *testing.T) {
+	f := newFixture(t, 40*mib, dek.IntegrityNone)
+	f.open(t)
+	dying := func(step int) *fixture {
+		w := *f
+		w.Mapper = newMapper(t, step)
+		return &w
+	}
+	whole := func() int {
+		t.Helper()
+		copies, err := f.Peek(t.Context(), f.v.Device)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(copies)
+	}
+	// Mapping flushed, second copy written, JSON of the first written.
+	if _, err := dying(3).MarkMade(t.Context(), f.v, f.d); err == nil || whole() != 1 {
+		t.Fatalf("MarkMade: %v, %d copies are whole", err, whole())
+	}
+	torn := readAt(t, f.v.Device, 0, 2*luks2.CopySize)
+	m, err := f.MarkMade(t.Context(), f.v, f.d)
+	if err != nil || !m.Made {
+		t.Fatalf("MarkMade again: %+v, %v", m, err)
+	}
+	f.confirm(m)
+	if whole() != 2 {
+		t.Error("MarkMade left the torn copy as it was")
+	}
+	f.close(t)
+	f.v.ReadOnly = true
+	writeAt(t, f.v.Device, 0, torn)
+	f.open(t)
+	f.close(t)
+	if !bytes.Equal(readAt(t, f.v.Device, 0, len(torn)), torn) {
+		t.Error("opening read-only wrote to the header")
+	}
+	f.v.ReadOnly = false
+	f.open(t)
+	if whole() != 2 {
+		t.Error("opening left the torn copy as it was")
+	}
+	writeAt(t, f.v.Device, 0, torn) // while it is open
+	kernel.Grow(t, f.v.Device, 80*mib)
+	// Torn copy repaired (two steps), mapping grown, second copy written.
+	if _, err := dying(4).Resize(t.Context(), f.v, f.d); err == nil {
+		t.Fatal("Resize was not killed")
+	}
+	f.close(t)
+	// The power goes within the second copy: of its first 4096 bytes nothing is there.
+	writeAt(t, f.v.Device, luks2.CopySize, torn[luks2.CopySize:luks2.CopySize+4096])
+	if m := f.open(t); !m.Made || whole() != 2 {
+		t.Errorf("after two cuts: %+v, %d copies are whole", m, whole())
+	}
+}

@@ -118,16 +118,24 @@ func (o *operation) header(l *lock, dev *device) (*luks2.Header, error) {
 		}
 		return o.format(dev)
 	}
-	h := found.Header
-	if err := o.acceptable(dev, h); err != nil {
+	if err := o.acceptable(dev, found.Header); err != nil {
 		return nil, err
 	}
-	if !found.Whole && !o.Volume.ReadOnly && !o.constellation() {
-		if err := h.WriteCopies(dev, o.step); err != nil {
-			return nil, err
-		}
+	return found.Header, o.repair(dev, found)
+}
+
+// repair makes both copies of the header the one that counts, where one is torn
+// or older. It comes before everything that changes the header: an update writes
+// the second copy, then the first, so what it begins with must be whole in the
+// first. An update that was cut within the first copy left the second alone good,
+// and the next one, cut within that, would leave none. A repair writes only what
+// does not count. A header found aside has no place to be repaired in, and is put
+// there by finishAside, with its key material.
+func (o *operation) repair(dev *device, found luks2.Found) error {
+	if o.Volume.ReadOnly || o.constellation() {
+		return nil
 	}
-	return h, nil
+	return found.Repair(dev, o.step)
 }
 
 // noteFormat lets close find what a format that is killed leaves on the device. A

@@ -323,7 +323,7 @@ func (o *operation) finishAside(dev *device, d disk) (h *luks2.Header, reason, e
 	case found.Header == nil:
 		err = h.Write(d, o.step)
 	case !found.Whole:
-		err = h.WriteCopies(d, o.step)
+		err = found.Repair(d, o.step)
 	}
 	if err != nil {
 		return nil, nil, err

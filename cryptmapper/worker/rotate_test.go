@@ -159,6 +159,42 @@ func TestRotateCutAnywhere(t *testing.T) {
 	}
 }
 
+// Cut anywhere while the volume is open, and then changed, as by growing: the
+// change is there, and the volume key is not lost.
+func TestRotateCutThenChanged(t *testing.T) {
+	c := newTornCopy(t)
+	for name, part := range parts {
+		for n := range 10 {
+			d := c.start(n, part)
+			if _, err := c.rotated(c.dev, d); err != nil && !errors.Is(err, errPower) {
+				t.Fatal(err)
+			}
+			if _, err := c.dev.WriteAt(d.data, 0); err != nil {
+				t.Fatal(err)
+			}
+			o := *c.operation
+			h, err := o.wholeHeader(c.dev)
+			if err != nil {
+				t.Fatalf("write %d torn (%s): %v", n, name, err)
+			}
+			changed, err := o.update(c.dev, h, func(t *luks2.Token) { t.Size -= 4096 })
+			if err != nil {
+				t.Fatalf("write %d torn (%s): %v", n, name, err)
+			}
+			o = *c.operation
+			found, err := o.readEither(c.dev, c.dev)
+			if err != nil || found.Header == nil || !found.Whole || found.Header.Token.MAC != changed.Token.MAC {
+				t.Fatalf("write %d torn (%s), changed to %+v: %+v, %v", n, name, changed.Token, found, err)
+			}
+			vk, err := o.volumeKey(c.dev, found.Header, o.key)
+			if err != nil || !vk.Equal(c.vk) {
+				t.Errorf("write %d torn (%s): another volume key, %v", n, name, err)
+			}
+			vk.Wipe()
+		}
+	}
+}
+
 // A copy that was cut while its source changed its header, so that one of the
 // header's copies is torn.
 func TestRotateTornSource(t *testing.T) {
