@@ -78,24 +78,27 @@ func TestReferences(t *testing.T) {
 	}
 }
 
-// TestInstallByHand: docs/install.md makes the namespace before what is made in it by
-// hand, and names all manifests in one version, that of the images.
+// TestInstallByHand: the documents make the namespace before what is made in it by
+// hand, and name all manifests in one version, that of the images.
 func TestInstallByHand(t *testing.T) {
-	text, err := os.ReadFile("../../docs/install.md")
-	if err != nil {
-		t.Fatal(err)
-	}
 	inside := regexp.MustCompile(`-n cryptcsi create (secret|configmap)|namespace: cryptcsi/`)
-	for section := range strings.SplitSeq(string(text), "\n## ") {
-		title, _, _ := strings.Cut(section, "\n")
-		first, made := inside.FindStringIndex(section), strings.Index(section, "kubectl create namespace cryptcsi")
-		if first != nil && (made < 0 || made > first[0]) {
-			t.Errorf("%s: there is no namespace yet for %q", title, section[first[0]:first[1]])
+	manifests := regexp.MustCompile(`https://github.com/cryptcsi/cryptcsi//\S+`)
+	for _, name := range []string{"README.md", "../../docs/install.md"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	for _, url := range regexp.MustCompile(`https://github.com/cryptcsi/cryptcsi//\S+`).FindAllString(string(text), -1) {
-		if !strings.HasSuffix(url, "?ref=VERSION") {
-			t.Errorf("%s: manifests of another version than the images", url)
+		for section := range strings.SplitSeq(string(text), "\n## ") {
+			title, _, _ := strings.Cut(section, "\n")
+			first, made := inside.FindStringIndex(section), strings.Index(section, "kubectl create namespace cryptcsi")
+			if first != nil && (made < 0 || made > first[0]) {
+				t.Errorf("%s, %s: there is no namespace yet for %q", name, title, section[first[0]:first[1]])
+			}
+		}
+		for _, url := range manifests.FindAllString(string(text), -1) {
+			if !strings.HasSuffix(url, "?ref=VERSION") {
+				t.Errorf("%s: manifests of another version than the images: %s", name, url)
+			}
 		}
 	}
 }

@@ -97,6 +97,9 @@ func newObject(kind string) any {
 	if kind == "monitoring.coreos.com/v1/PrometheusRule" {
 		return &map[string]any{} // components/monitoring looks into it
 	}
+	if kind == "snapshot.storage.k8s.io/v1/VolumeSnapshotClass" {
+		return &snapshotClass{}
+	}
 	if kind == "cert-manager.io/v1/Issuer" {
 		return &issuer{}
 	}
@@ -118,6 +121,15 @@ type podMonitor struct {
 			Interval string `json:"interval"`
 		} `json:"podMetricsEndpoints"`
 	} `json:"spec"`
+}
+
+// snapshotClass is the snapshot controller's VolumeSnapshotClass.
+type snapshotClass struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Driver            string            `json:"driver"`
+	DeletionPolicy    string            `json:"deletionPolicy"`
+	Parameters        map[string]string `json:"parameters"`
 }
 
 // issuer is the part of cert-manager's type that we use.
@@ -593,6 +605,28 @@ func TestVolumesGrow(t *testing.T) {
 			if class.AllowVolumeExpansion == nil || !*class.AllowVolumeExpansion {
 				t.Errorf("%s: volumes of class %s cannot grow", dir, class.Name)
 			}
+		}
+	}
+}
+
+// TestSnapshotClass: whoever takes snapshots by it reaches csi-plugin, under whatever
+// name that serves; wherever the component stands among others.
+func TestSnapshotClass(t *testing.T) {
+	for _, dir := range append(beside(), "testdata/drop-in-aws-ebs", "testdata/drop-in-gcp-pd") {
+		objects := build(t, dir)
+		classes := of[*snapshotClass](objects)
+		args := container(t, deployment(t, objects, "cryptcsi-controller").Spec.Template.Spec, "csi-plugin").Args
+		var serves string // the last one counts
+		for _, a := range args {
+			if name, ok := strings.CutPrefix(a, "--driver-name="); ok {
+				serves = name
+			}
+		}
+		if len(classes) != 1 {
+			t.Fatalf("%s has %d VolumeSnapshotClasses", dir, len(classes))
+		}
+		if c := classes[0]; c.Driver != serves || c.DeletionPolicy != "Delete" {
+			t.Errorf("%s: VolumeSnapshotClass %s is of %s with %s, the driver is %s", dir, c.Name, c.Driver, c.DeletionPolicy, serves)
 		}
 	}
 }

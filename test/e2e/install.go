@@ -36,7 +36,11 @@ func (c *controlPlane) installVendor(ctx context.Context) error {
 	if err := c.apply(ctx, crds); err != nil {
 		return err
 	}
-	return errors.Join(c.apply(ctx, filepath.Join(tools, "snapshot-controller")), c.apply(ctx, c.site.source("test/e2e/vendor")))
+	err = c.await(ctx, time.Minute, "the snapshot controller's kinds", func(context.Context) error {
+		_, err := c.client.Discovery().ServerResourcesForGroupVersion("snapshot.storage.k8s.io/v1")
+		return err
+	})
+	return errors.Join(err, c.apply(ctx, filepath.Join(tools, "snapshot-controller")), c.apply(ctx, c.site.source("test/e2e/vendor")))
 }
 
 // source is a folder of this repository.

@@ -26,6 +26,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -35,6 +36,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
+	"sigs.k8s.io/yaml"
 
 	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/errdefs"
@@ -77,11 +79,33 @@ type cluster struct {
 func start(t *testing.T, flags ...string) *cluster {
 	t.Helper()
 	k := peers.Kube(t, flags...)
-	groups, err := restmapper.GetAPIGroupResources(k.Client.Discovery())
-	must(t, "what the API server knows", err)
 	d, err := dynamic.NewForConfig(k.Config(t, peers.KubeAdmin))
 	must(t, "dynamic client", err)
-	return &cluster{APIServer: k, dynamic: d, kinds: restmapper.NewDiscoveryRESTMapper(groups)}
+	c := &cluster{APIServer: k, dynamic: d}
+	c.snapshotClasses(t)
+	return c
+}
+
+// snapshotClasses teaches the API server what the snapshot controller's CRD does, and
+// asks what it knows then.
+func (c *cluster) snapshotClasses(t *testing.T) {
+	t.Helper()
+	text, err := os.ReadFile("../testdata/volumesnapshotclass-crd.yaml")
+	must(t, "CRD", err)
+	o := &unstructured.Unstructured{}
+	must(t, "CRD", yaml.Unmarshal(text, &o.Object))
+	crds := schema.GroupVersionResource{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"}
+	_, err = c.dynamic.Resource(crds).Create(t.Context(), o, metav1.CreateOptions{})
+	must(t, "CRD", err)
+	eventually(t, "VolumeSnapshotClass", func() error {
+		groups, err := restmapper.GetAPIGroupResources(c.Client.Discovery())
+		if err != nil {
+			return err
+		}
+		c.kinds = restmapper.NewDiscoveryRESTMapper(groups)
+		_, err = c.kinds.RESTMapping(schema.GroupKind{Group: "snapshot.storage.k8s.io", Kind: "VolumeSnapshotClass"}, "v1")
+		return err
+	})
 }
 
 // apply applies a kustomization as `kubectl apply --server-side -k` would, with

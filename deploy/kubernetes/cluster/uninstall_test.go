@@ -135,7 +135,7 @@ func (u *uninstalling) refused(t *testing.T) {
 			}
 		}
 		slices.Sort(went)
-		want := []string{"ConfigMap", "Job", "StorageClass", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+		want := []string{"ConfigMap", "Job", "StorageClass", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "VolumeSnapshotClass"}
 		if got := slices.Compact(went); !slices.Equal(got, want) || len(stay) < 30 {
 			t.Errorf("no refusal for %v, want it for all but %v; %d refused", got, want, len(stay))
 		}
