@@ -56,9 +56,6 @@ func (p *publishing) publish(ctx context.Context) error {
 	if p.want.AccessType != st.AccessType {
 		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s is staged with access type %s, asked for is %s", p.v.id, st.AccessType, p.want.AccessType)
 	}
-	if p.want.AccessType == accessBlock && p.readOnly && !m.ReadOnly {
-		return errdefs.Errorf(errdefs.ErrInvalid, "volume %s is a writable block volume, and a device node cannot be made read-only for one pod alone: use a reader-only access mode", p.v.id)
-	}
 	if p.want.AccessMode == csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER.String() {
 		for _, l := range mounts {
 			if l.Device == m.Number && l.Target != st.StagingPath {
@@ -113,6 +110,9 @@ func (p *publishing) published(top Mount, m Mapping) error {
 	return nil
 }
 
+// bind makes the mount. A device node that is bound read-only can be written to all
+// the same: of a pod that asks for a writable block volume read-only, kubelet lets
+// the containers only read the device.
 func (p *publishing) bind(ctx context.Context, st *state, m Mapping) error {
 	options := []string{"bind"}
 	if p.readOnly || m.ReadOnly {

@@ -59,8 +59,11 @@ func TestBlockVolumeFromEndToEnd(t *testing.T) {
 		t.Errorf("the pod sees device %+v, %v; the mapping is %s", dev, err, m.mapping().Number)
 	}
 	m.ok("write", m.kernel.WriteAt(m.target("a"), []byte("secret"), 5*mib))
-	m.refused("read-only for one pod", m.publish(blockCap(), "b", true), codes.InvalidArgument, "reader-only access mode")
+	m.ok("publish read-only for one pod", m.publish(blockCap(), "b", true))
+	m.ok("publish it again", m.publish(blockCap(), "b", true))
+	m.refused("publish it writable", m.publish(blockCap(), "b", false), codes.AlreadyExists, "read-only true")
 	m.ok("unpublish", m.unpublish("a"))
+	m.ok("unpublish the other one", m.unpublish("b"))
 	m.ok("unstage", m.unstage())
 	m.clean()
 	m.ok("stage the second time", m.stage(blockCap()))
