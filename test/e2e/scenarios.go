@@ -60,6 +60,7 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 		func() { t.data(ctx, s) },
 		func() {
 			s.scenario("a node to which the volume is not attached gets no key", func() (string, error) { return t.otherNode(ctx) })
+			s.scenario("an operator asks the key service's pod whether KMS and store do all that is needed", func() (string, error) { return t.check(ctx) })
 			s.scenario("a wrong parameter in a StorageClass: the claim says so", func() (string, error) { return t.wrongParameter(ctx) })
 			s.thorough(fmt.Sprintf("a pod with %d volumes", many), func() (string, error) { return t.manyVolumes(ctx) })
 		},
@@ -252,6 +253,16 @@ func (t *tester) keyServiceAway(ctx context.Context) (string, error) {
 		return "", errors.Join(err, t.scale(ctx, "key-service", 1))
 	}
 	return said, errors.Join(t.scale(ctx, "key-service", 1), t.running(ctx, w.name), t.reads(ctx, w))
+}
+
+// check is what docs/operations.md tells an operator to begin with.
+func (t *tester) check(ctx context.Context) (string, error) {
+	out, err := t.kubectl(ctx, "exec", "-n", namespace, "deployment/key-service", "--", "key-service", "check", "--like-process", "1")
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if last := lines[len(lines)-1]; err == nil && !strings.Contains(last, "steps are right") {
+		err = fmt.Errorf("key-service check: %s", out)
+	}
+	return lines[len(lines)-1], err
 }
 
 func (t *tester) wrongParameter(ctx context.Context) (string, error) {
