@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 )
@@ -29,9 +30,11 @@ func (d Damage) String() string {
 		d.Reports, d.First.UTC().Format(time.RFC3339), d.Last.UTC().Format(time.RFC3339))
 }
 
-// damaged is what one volume's damage comes to that is not written down yet.
+// damaged is what one volume's damage comes to that is not written down yet. It
+// goes with the staging that it is about.
 type damaged struct {
 	v       volume
+	staged  time.Time
 	pending Damage
 	noted   time.Time
 	said    time.Time
@@ -65,9 +68,7 @@ func (d *Driver) WatchIntegrity(ctx context.Context) error {
 		case mapping := <-reports:
 			d.damage(ctx, volumes, mapping, time.Now())
 		case now := <-tick.C:
-			for _, v := range volumes {
-				d.noteDamage(ctx, v, now)
-			}
+			maps.DeleteFunc(volumes, func(_ string, e *damaged) bool { return !d.noteDamage(ctx, e, now) })
 		}
 	}
 }
@@ -75,13 +76,13 @@ func (d *Driver) WatchIntegrity(ctx context.Context) error {
 // damage takes one report. While a volume is being staged the kernel may read
 // what was never written; a damaged one then fails to be staged.
 func (d *Driver) damage(ctx context.Context, volumes map[string]*damaged, mapping string, now time.Time) {
-	v, ok := d.volumeOf(ctx, mapping)
-	if !ok {
+	v, st := d.volumeOf(ctx, mapping)
+	if st == nil {
 		return
 	}
 	e := volumes[mapping]
-	if e == nil {
-		e = &damaged{v: v}
+	if e == nil || !e.staged.Equal(st.StagedAt) {
+		e = &damaged{v: v, staged: st.StagedAt}
 		volumes[mapping] = e
 	}
 	e.pending = e.pending.and(Damage{Reports: 1, First: now, Last: now})
@@ -92,7 +93,6 @@ func (d *Driver) damage(ctx context.Context, volumes map[string]*damaged, mappin
 		e.said = now
 		d.log.ErrorContext(ctx, "the kernel has found sectors that are not authentic: the disk fails, or was changed by somebody else; reading them is an I/O error",
 			"volume_id", e.v.id, "mapping", mapping)
-		st, _ := d.load(v)
 		d.tell(v, st, true, ReasonDamaged, "sectors of the volume are not authentic: its disk fails, or was changed by somebody else; reading them is an I/O error; move the data to another volume, and restore what cannot be read")
 	}
 	d.noteDamage(ctx, e, now)
@@ -106,8 +106,9 @@ func (d Damage) and(later Damage) Damage {
 	return Damage{Reports: d.Reports + later.Reports, First: d.First, Last: later.Last}
 }
 
-// volumeOf finds the volume of this driver that is staged with that mapping.
-func (d *Driver) volumeOf(ctx context.Context, mapping string) (volume, bool) {
+// volumeOf finds the volume of this driver that is staged with that mapping; no
+// state where there is none.
+func (d *Driver) volumeOf(ctx context.Context, mapping string) (volume, *state) {
 	states, unreadable := readStates(realDir(d.cfg.KubeletDir))
 	i := slices.IndexFunc(states, func(st *state) bool {
 		return st.Driver == d.name && st.Staged && MappingName(st.Driver, st.VolumeID) == mapping
@@ -116,32 +117,40 @@ func (d *Driver) volumeOf(ctx context.Context, mapping string) (volume, bool) {
 		for _, err := range unreadable {
 			d.log.ErrorContext(ctx, "looking for a damaged volume", "mapping", mapping, "error", err)
 		}
-		return volume{}, false
+		return volume{}, nil
 	}
 	v, err := d.volume(states[i].VolumeID)
-	return v, err == nil
+	if err != nil {
+		return volume{}, nil
+	}
+	return v, states[i]
 }
 
 // noteDamage writes down what is pending, unless that was done just now or a
-// call works on the volume: then the next tick does.
-func (d *Driver) noteDamage(ctx context.Context, e *damaged, now time.Time) {
-	if e.pending.Reports == 0 || now.Sub(e.noted) < damagePeriod {
-		return
+// call works on the volume: then the next tick does. False where the volume was
+// unstaged, and perhaps staged anew, which is as if it were another one.
+func (d *Driver) noteDamage(ctx context.Context, e *damaged, now time.Time) (staged bool) {
+	if now.Sub(e.noted) < damagePeriod {
+		return true
 	}
 	unlock, err := d.locks.tryOwn(e.v.id)
 	if err != nil {
-		return
+		return true
 	}
 	defer unlock()
-	e.noted = now
 	st, err := d.load(e.v)
-	if err == nil && st != nil && st.Staged { // else it was unstaged
+	if err == nil && (st == nil || !st.Staged || !st.StagedAt.Equal(e.staged)) {
+		return false
+	}
+	if err == nil && e.pending.Reports > 0 {
+		e.noted = now
 		st.Damage = st.Damage.and(e.pending)
 		err = d.save(e.v, *st)
 	}
 	if err != nil {
 		d.log.ErrorContext(ctx, "noting a volume's damage", "volume_id", e.v.id, "error", err)
-		return
+		return true
 	}
 	e.pending = Damage{}
+	return true
 }

@@ -110,6 +110,31 @@ func TestDamageIsDebounced(t *testing.T) {
 	})
 }
 
+// What an earlier staging has left to note does not reach the next one, about
+// which all is said anew.
+func TestDamageOfAnEarlierStaging(t *testing.T) {
+	watched(t, func(m *machine, report func(string), _ *int, log *bytes.Buffer) {
+		name := m.mapping().Name
+		for range 4 {
+			report(name)
+		}
+		m.ok("unstage", m.unstage())
+		pass(time.Millisecond)
+		m.ok("stage", m.stage(blockCap()))
+		pass(time.Minute)
+		if d := m.damage(); d.Reports != 0 {
+			m.t.Errorf("noted are %+v", d)
+		}
+		report(name)
+		if d := m.damage(); d.Reports != 1 {
+			m.t.Errorf("noted are %+v, want one report", d)
+		}
+		if n := strings.Count(log.String(), "not authentic"); n != 2 {
+			m.t.Errorf("it was said %d times: %s", n, log)
+		}
+	})
+}
+
 // What is reported while a volume is not staged says nothing about its disk.
 func TestDamageBeforeStaged(t *testing.T) {
 	watched(t, func(m *machine, report func(string), counted *int, _ *bytes.Buffer) {

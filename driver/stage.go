@@ -656,7 +656,7 @@ func noted(h dek.HeaderID) dek.HeaderID {
 // note writes down that the volume is staged.
 func (s *staging) note(context.Context) error {
 	st := s.state()
-	st.Staged = true
+	st.Staged, st.StagedAt = true, time.Now()
 	st.Filesystem = s.fs.Type
 	st.Spec = s.key.Spec
 	st.Header = noted(s.m.Header)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -42,6 +43,7 @@ type state struct {
 
 	// Known when the volume is staged.
 	Staged     bool         `json:"staged"`
+	StagedAt   time.Time    `json:"staged_at,omitzero"` // tells this staging from the next one
 	Filesystem string       `json:"filesystem,omitempty"`
 	Spec       dek.Spec     `json:"spec,omitzero"`
 	Header     dek.HeaderID `json:"header,omitzero"`
