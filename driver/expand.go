@@ -192,7 +192,7 @@ func (d *Driver) expandMapping(ctx context.Context, v volume, st *state, m Mappi
 	if err != nil {
 		return m, err
 	}
-	if unconfirmed(key, grown.Header) {
+	if Unconfirmed(key, grown.Header) {
 		if err := d.cfg.Keys.ConfirmDEK(ctx, st.DEK, grown.Header); err != nil {
 			return m, err
 		}

@@ -96,7 +96,7 @@ func (d *Driver) finish(ctx context.Context, v volume) error {
 	if err != nil {
 		return err
 	}
-	if unconfirmed(key, m.Header) {
+	if Unconfirmed(key, m.Header) {
 		if err := d.cfg.Keys.ConfirmDEK(ctx, st.DEK, m.Header); err != nil {
 			return err
 		}

@@ -569,7 +569,7 @@ func (s *staging) confirm(ctx context.Context) error {
 	if !s.m.Made { // handed over: mount comes first
 		return nil
 	}
-	if !unconfirmed(s.key, s.m.Header) {
+	if !Unconfirmed(s.key, s.m.Header) {
 		return nil
 	}
 	if err := s.cfg.Keys.ConfirmDEK(ctx, s.v.dek, s.m.Header); err != nil {
@@ -641,8 +641,9 @@ func readOnlyOptions(options []string, fs FSInfo) []string {
 	return options
 }
 
-// unconfirmed tells whether the record lacks something of a volume's header.
-func unconfirmed(key dek.DEK, h dek.HeaderID) bool {
+// Unconfirmed tells whether the record lacks something of a volume's header, so
+// that Keys.ConfirmDEK has to be called before the volume is used.
+func Unconfirmed(key dek.DEK, h dek.HeaderID) bool {
 	return key.State != dek.Formatted || h.Sequence > key.Header.Sequence || h.Backup != ""
 }
 

@@ -380,7 +380,7 @@ func (w *ordinary) open(ctx context.Context, o *opener) error {
 		return err
 	}
 	// Nobody works with the device before the record has this.
-	if d.State != dek.Formatted || m.Header.Sequence > d.Header.Sequence || m.Header.Backup != "" {
+	if driver.Unconfirmed(d, m.Header) {
 		if err := w.keys.ConfirmDEK(ctx, o.id, m.Header); err != nil {
 			return err
 		}
