@@ -17,9 +17,16 @@ import (
 // Size is the length of every DEK in bytes.
 const Size = 32
 
-// maxID bounds an ID: a CSI driver name (63) and a volume ID (128, as the CSI
-// specification's size limits say) and some room for prefixes of our own.
-const maxID = 256
+// MaxID bounds an ID, in bytes. The CSI specification lets a driver's name have
+// 63 and a volume's ID 128, which clouds exceed: a snapshot of Azure's is a path
+// of up to 276, with a resource group's name of up to 90 and a snapshot's of 80.
+// With our prefix and a driver's name that makes 345. Stores see a hash of it.
+// KMS take it as associated data, of which an HSM of Cloud KMS, the narrowest
+// that says so, takes 8 KiB.
+const MaxID = 512
+
+// maxName bounds the name of the request that a volume was made by, in bytes.
+const maxName = 256
 
 // snapshotPrefix begins the IDs of snapshots and of no volume.
 const snapshotPrefix = "snap:"
@@ -52,12 +59,12 @@ func join(prefix, driver, what, id string) (ID, error) {
 	return ParseID(prefix + driver + "/" + id)
 }
 
-// ParseID checks s: 1 to 256 bytes of printable ASCII without space, as every
+// ParseID checks s: 1 to MaxID bytes of printable ASCII without space, as every
 // volume ID of a known driver is, so that an ID can stand in a log line, in
 // an object's name (encoded) and in a KMS's associated data.
 func ParseID(s string) (ID, error) {
-	if s == "" || len(s) > maxID {
-		return "", fmt.Errorf("DEK ID of %d bytes: must be 1 to %d", len(s), maxID)
+	if s == "" || len(s) > MaxID {
+		return "", fmt.Errorf("DEK ID of %d bytes: must be 1 to %d", len(s), MaxID)
 	}
 	for i := range len(s) {
 		if s[i] <= ' ' || s[i] > '~' {
@@ -155,8 +162,8 @@ func (s Spec) Validate() error {
 		return fmt.Errorf("integrity mode %q is for volumes with integrity", s.IntegrityMode)
 	case s.IntegrityMode != "" && s.Layout != "":
 		return fmt.Errorf("integrity mode %q cannot be with layout %q: a crash could leave dm-clone's metadata unreadable", s.IntegrityMode, s.Layout)
-	case len(s.Name) > maxID:
-		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxID)
+	case len(s.Name) > maxName:
+		return fmt.Errorf("name of %d bytes: at most %d", len(s.Name), maxName)
 	case s.KEK != "":
 		return CheckKEK(s.KEK)
 	}

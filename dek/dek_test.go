@@ -24,8 +24,8 @@ func TestVolumeID(t *testing.T) {
 		{"d", "with space", "", false},
 		{"d", "new\nline", "", false},
 		{"d", "ünicode", "", false},
-		{"d", strings.Repeat("x", 254), dek.ID("d/" + strings.Repeat("x", 254)), true},
-		{"d", strings.Repeat("x", 255), "", false},
+		{"d", strings.Repeat("x", 510), dek.ID("d/" + strings.Repeat("x", 510)), true},
+		{"d", strings.Repeat("x", 511), "", false},
 	} {
 		got, err := dek.VolumeID(tt.driver, tt.volume)
 		if got != tt.want || (err == nil) != tt.ok {
@@ -47,6 +47,19 @@ func TestSnapshotID(t *testing.T) {
 		if id, err := dek.SnapshotID(bad[0], bad[1]); err == nil {
 			t.Errorf("SnapshotID(%q) = %q", bad, id)
 		}
+	}
+}
+
+// The longest that Azure allows: a resource group's name has up to 90 characters,
+// a disk's or snapshot's 80, and a CSI driver's 63.
+func TestIDsOfAzure(t *testing.T) {
+	group := "/subscriptions/00000000-0000-0000-0000-000000000000/resourceGroups/" + strings.Repeat("g", 90)
+	name, driver := strings.Repeat("n", 80), strings.Repeat("d", 63)
+	if id, err := dek.VolumeID(driver, group+"/providers/Microsoft.Compute/disks/"+name); err != nil {
+		t.Errorf("a disk's ID of %d bytes: %v", len(id), err)
+	}
+	if id, err := dek.SnapshotID(driver, group+"/providers/Microsoft.Compute/snapshots/"+name); err != nil {
+		t.Errorf("a snapshot's ID of %d bytes: %v", len(id), err)
 	}
 }
 

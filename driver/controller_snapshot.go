@@ -50,8 +50,10 @@ func (c controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotR
 // checkSnapshotted says what the record of a snapshot has to be. It refuses a
 // source whose key is not certain, before there is a snapshot of it.
 func (c *Controller) checkSnapshotted(ctx context.Context, req *csi.CreateSnapshotRequest) (source dek.ID, spec dek.Spec, err error) {
-	source, idErr := dek.VolumeID(c.name, req.GetSourceVolumeId())
-	d, found, err := c.record(ctx, source, idErr)
+	if source, err = dek.VolumeID(c.name, req.GetSourceVolumeId()); err != nil {
+		return "", dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "the source volume: %w", err)
+	}
+	d, found, err := c.record(ctx, source, nil)
 	switch {
 	case err != nil:
 		return "", dek.Spec{}, unsettled(err)

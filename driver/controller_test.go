@@ -461,6 +461,39 @@ func TestAnotherVolumesID(t *testing.T) {
 	p.refused("an ID that is none", err, codes.FailedPrecondition, "cannot have a key")
 }
 
+// IDs may be as long as Azure's longest. What can be known to be too long is
+// refused before anything is made.
+func TestLongIDs(t *testing.T) {
+	p := newPlant(t).start()
+	group := "/subscriptions/00000000-0000-0000-0000-000000000000/resourceGroups/" + strings.Repeat("g", 90) + "/providers/Microsoft.Compute/"
+	p.wrapped.AnswerVolume = group + "disks/" + strings.Repeat("d", 80)
+	p.wrapped.AnswerSnapshot = group + "snapshots/" + strings.Repeat("s", 80)
+	p.mustCreate(request("pvc-1"))
+	p.dek(volumeDEK(p.wrapped.AnswerVolume))
+	p.wrapped.AnswerVolume = ""
+	p.mustCreate(request("pvc-2"))
+	_, err := p.snapshot("s", "vol-pvc-2")
+	p.ok("CreateSnapshot", err)
+	if d := p.dek(snapshotDEK(p.wrapped.AnswerSnapshot)); d.Source != volumeDEK("vol-pvc-2") {
+		t.Errorf("the snapshot's record: %+v", d)
+	}
+
+	p.wrapped.AnswerSnapshot = strings.Repeat("s", dek.MaxID)
+	_, err = p.snapshot("t", "vol-pvc-2")
+	p.refused("a snapshot with a longer ID", err, codes.FailedPrecondition, "cannot have a key")
+	long := strings.Repeat("v", dek.MaxID)
+	p.faults.Disarm()
+	_, err = p.snapshot("u", long)
+	p.refused("a snapshot of a volume with a longer ID", err, codes.InvalidArgument, "source volume", "512")
+	_, err = p.create(request("x", of("", long)))
+	p.refused("a copy of a volume with a longer ID", err, codes.InvalidArgument, "content source", "512")
+	_, err = p.create(request(strings.Repeat("n", 257)))
+	p.refused("a volume with a long name", err, codes.InvalidArgument, "name", "256")
+	if trace := p.faults.Trace(); len(trace) > 0 {
+		t.Errorf("refused after %v", trace)
+	}
+}
+
 func TestDeleteVolume(t *testing.T) {
 	p := newPlant(t).start()
 	p.mustCreate(request("pvc-1"))

@@ -328,7 +328,7 @@ func TestStageArguments(t *testing.T) {
 	for name, spoil := range map[string]func(r *csi.NodeStageVolumeRequest){
 		"no volume":           func(r *csi.NodeStageVolumeRequest) { r.VolumeId = "" },
 		"volume with a blank": func(r *csi.NodeStageVolumeRequest) { r.VolumeId = "a b" },
-		"long volume":         func(r *csi.NodeStageVolumeRequest) { r.VolumeId = strings.Repeat("v", 300) },
+		"long volume":         func(r *csi.NodeStageVolumeRequest) { r.VolumeId = strings.Repeat("v", dek.MaxID) },
 		"no staging path":     func(r *csi.NodeStageVolumeRequest) { r.StagingTargetPath = "" },
 		"relative path":       func(r *csi.NodeStageVolumeRequest) { r.StagingTargetPath = "a/b" },
 		"no capability":       func(r *csi.NodeStageVolumeRequest) { r.VolumeCapability = nil },

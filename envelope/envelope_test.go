@@ -553,3 +553,10 @@ func TestErrorsNameTheDEK(t *testing.T) {
 		t.Errorf("error %q, want %q…", err, want)
 	}
 }
+
+// What a DEK's ID may be, every KEK takes.
+func TestKEKsTakeTheLongestID(t *testing.T) {
+	if kms.MaxID != dek.MaxID {
+		t.Errorf("KEKs take IDs of %d bytes, DEKs have up to %d", kms.MaxID, dek.MaxID)
+	}
+}

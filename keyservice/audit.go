@@ -27,8 +27,9 @@ type Decision struct {
 	Took    time.Duration
 }
 
-// maxLogged bounds what the audit log repeats of a bad request, in bytes.
-const maxLogged = 300
+// maxLogged bounds what the audit log repeats of a bad request, in bytes: no
+// good ID is longer.
+const maxLogged = dek.MaxID
 
 // call is one request on its way through the server.
 type call struct {

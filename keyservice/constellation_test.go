@@ -14,6 +14,7 @@ import (
 
 	constellationv1 "github.com/cryptcsi/cryptcsi/api/constellation/v1"
 	keyservicev1 "github.com/cryptcsi/cryptcsi/api/keyservice/v1"
+	"github.com/cryptcsi/cryptcsi/dek"
 	"github.com/cryptcsi/cryptcsi/keyservice"
 	"github.com/cryptcsi/cryptcsi/kms"
 	"github.com/cryptcsi/cryptcsi/kms/cluster"
@@ -113,7 +114,7 @@ system:node:worker-1: ["*"]
 		{node, "uuid-1", 33, codes.InvalidArgument},
 		{node, "uuid-1", 1 << 31, codes.InvalidArgument},
 		{node, "", 32, codes.InvalidArgument},
-		{node, strings.Repeat("x", 257), 32, codes.InvalidArgument},
+		{node, strings.Repeat("x", dek.MaxID+1), 32, codes.InvalidArgument},
 	} {
 		w.audit.take(t)
 		key, err := w.as(t, tt.who).derive(t.Context(), tt.id, tt.length)

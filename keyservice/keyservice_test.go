@@ -668,7 +668,7 @@ func TestBadRequests(t *testing.T) {
 	w.create(t, vol)
 	for what, err := range map[string]error{
 		"no ID":               get("", good),
-		"a long ID":           get(long, good),
+		"a long ID":           get(strings.Repeat("x", dek.MaxID+1), good),
 		"an ID with a space":  get("a b", good),
 		"its own source":      clone(string(vol)),
 		"a source of no DEK":  clone("a b"),
@@ -692,9 +692,14 @@ func TestBadRequests(t *testing.T) {
 		mustCode(t, what, err, codes.InvalidArgument)
 	}
 	for _, l := range w.audit.take(t) {
-		if l["code"] != "InvalidArgument" || len(l["dek_id"].(string)) > 300 {
+		if l["code"] != "InvalidArgument" || len(l["dek_id"].(string)) > dek.MaxID {
 			t.Errorf("audit: %v", l)
 		}
+	}
+	longest := strings.Repeat("x", dek.MaxID)
+	mustCode(t, "the longest ID", get(longest, good), codes.NotFound)
+	if got := w.audit.take(t); len(got) != 1 || got[0]["dek_id"] != longest {
+		t.Errorf("audit of the longest ID: %v", got)
 	}
 	mustCode(t, "a huge request", get(strings.Repeat("x", 1<<20), good), codes.ResourceExhausted)
 }

@@ -84,7 +84,7 @@ func TestPrefixRefuses(t *testing.T) {
 		"no pattern":         `{a: [{}]}`,
 		"a number":           `{a: [12e4]}`,
 		"a truth value":      `{a: [yes]}`,
-		"a long pattern":     `{a: ["` + strings.Repeat("x", 300) + `"]}`,
+		"a long pattern":     `{a: ["` + strings.Repeat("x", dek.MaxID+1) + `"]}`,
 		"more than one file": "a: [b]\n---\nc: [d]",
 	} {
 		must(t, "writing", os.WriteFile(path, []byte(content), 0o600))

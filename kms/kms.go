@@ -26,8 +26,8 @@ import (
 const (
 	// KeySize is the length of every DEK in bytes.
 	KeySize = 32
-	// MaxID is the longest ID in bytes.
-	MaxID = 256
+	// MaxID is the longest ID in bytes, that of a DEK.
+	MaxID = 512
 	// MaxCiphertext and MaxName bound what a service may answer, in bytes:
 	// the ciphertext, and each of key ID and mechanism.
 	MaxCiphertext = 16 << 10

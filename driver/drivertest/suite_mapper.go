@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -103,7 +104,9 @@ func RunMapper(t *testing.T, h MapperHarness) {
 func newMapperTest(t *testing.T, h MapperHarness, spec dek.Spec) *mapperTest {
 	m := &mapperTest{T: t, MapperHarness: h, device: h.NewDevice(t, suiteSize)}
 	m.v = driver.Volume{Name: driver.MappingName("suite.example", t.Name()), Device: m.device}
-	m.key = NewDEK(dek.ID("suite.example/"+m.v.Name), spec)
+	id := dek.ID("suite.example/" + m.v.Name)
+	id += dek.ID(strings.Repeat(`/"\<%&+~`, dek.MaxID)[:dek.MaxID-len(id)]) // as long as there can be one
+	m.key = NewDEK(id, spec)
 	m.key.Claim = dek.Claim{Node: "suite", UUID: dek.NewUUID()}
 	t.Cleanup(func() {
 		if err := h.Mapper.Close(context.WithoutCancel(t.Context()), m.v.Name); err != nil {

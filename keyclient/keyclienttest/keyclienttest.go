@@ -61,6 +61,7 @@ func Run(t *testing.T, open func(t *testing.T) Keys) {
 		{"OneKeyPerID", oneKeyPerID},
 		{"GetNeverCreates", getNeverCreates},
 		{"BadArguments", badArguments},
+		{"LongestID", longestID},
 		{"LifeCycle", lifeCycle},
 		{"Claim", claim},
 		{"ConfirmRaisesTheFloor", confirmRaises},
@@ -218,8 +219,44 @@ func getNeverCreates(t *testing.T, k Keys) {
 	mustBe(t, "GetDEK after all that", err, errdefs.ErrNotFound)
 }
 
+// longest is an ID as long as there can be one, of all its characters.
+func longest(prefix string) dek.ID {
+	var all strings.Builder
+	for c := byte('!'); c <= '~'; c++ {
+		all.WriteByte(c)
+	}
+	return dek.ID(prefix + strings.Repeat(all.String(), dek.MaxID)[:dek.MaxID-len(prefix)])
+}
+
+// longestID goes through a life with everything as long as it can be.
+func longestID(t *testing.T, k Keys) {
+	source, id := longest("driver.example.com/"), longest("snap:driver.example.com/")
+	spec, node, uuid := spec(), strings.Repeat("n", 253), dek.NewUUID()
+	spec.Name = strings.Repeat("p", 256)
+	made, err := k.CreateDEK(t.Context(), source, spec)
+	must(t, "CreateDEK", err)
+	t.Cleanup(made.Wipe)
+	_, err = k.ClaimFormat(t.Context(), source, dek.Claim{Node: node, UUID: uuid})
+	must(t, "ClaimFormat", err)
+	h := dek.HeaderID{UUID: uuid, Sequence: 1<<64 - 1, Backup: strings.Repeat("/+09", 128), Fingerprint: dek.Fingerprint(made.Key)}
+	must(t, "ConfirmDEK", k.ConfirmDEK(t.Context(), source, h))
+	cloned, err := k.CloneDEK(t.Context(), id, spec, source)
+	must(t, "CloneDEK", err)
+	t.Cleanup(cloned.Wipe)
+	must(t, "RewrapDEK", k.RewrapDEK(t.Context(), id))
+	got := get(t, k, id)
+	same(t, "the copy", got, cloned)
+	if got.Source != source || !got.Previous.Equal(made.Key) || got.ID != id {
+		t.Errorf("the copy is %+v", got)
+	}
+	if d := get(t, k, source); !d.Key.Equal(made.Key) || d.Header.Backup != h.Backup || d.Spec != spec {
+		t.Errorf("its source is %+v", d)
+	}
+	must(t, "DeleteDEK", k.DeleteDEK(t.Context(), source))
+}
+
 func badArguments(t *testing.T, k Keys) {
-	for _, bad := range []dek.ID{"", "a b", "a\nb", "ü"} {
+	for _, bad := range []dek.ID{"", "a b", "a\nb", "ü", longest("driver.example.com/") + "0"} {
 		_, err := k.CreateDEK(t.Context(), bad, spec())
 		mustBe(t, fmt.Sprintf("CreateDEK(%q)", bad), err, errdefs.ErrInvalid)
 		_, err = k.GetDEK(t.Context(), bad)

@@ -173,10 +173,11 @@ func probe(t *testing.T, c cell) {
 	}
 }
 
-// lifeCycle: what one process does, another sees.
+// lifeCycle: what one process does, another sees, of the longest ID too.
 func lifeCycle(t *testing.T, c cell) {
 	ctx, a, b := t.Context(), c.keyring(t, c.store(t)), c.keyring(t, c.store(t))
 	id, spec := dek.ID("driver.example.com/"+rand.Text()), dek.Spec{Name: "pvc-1", Cipher: dek.CipherXTS}
+	id += dek.ID(strings.Repeat(`/"\<%&+~`, dek.MaxID)[:dek.MaxID-len(id)])
 	must := func(what string, err error) {
 		t.Helper()
 		if err != nil {

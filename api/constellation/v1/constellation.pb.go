@@ -25,7 +25,7 @@ const (
 
 type GetDataKeyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	DataKeyId     string                 `protobuf:"bytes,1,opt,name=data_key_id,json=dataKeyId,proto3" json:"data_key_id,omitempty"` // 1 to 256 bytes of printable ASCII
+	DataKeyId     string                 `protobuf:"bytes,1,opt,name=data_key_id,json=dataKeyId,proto3" json:"data_key_id,omitempty"` // 1 to 512 bytes of printable ASCII
 	Length        uint32                 `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`                         // 1 to 32 bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

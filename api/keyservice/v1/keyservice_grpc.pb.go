@@ -51,7 +51,7 @@ const (
 //	UNAVAILABLE          KMS or store out of reach, or the service is sealed: call again
 //	RESOURCE_EXHAUSTED   too many calls under way: call again later
 //
-// Limits: IDs 1 to 256 bytes of printable ASCII, names 256 bytes, requests
+// Limits: IDs 1 to 512 bytes of printable ASCII, names 256 bytes, requests
 // 8 KiB. Keys are 32 bytes and travel sealed to a key of the caller's.
 type KeyServiceClient interface {
 	// GetDEK returns the DEK with what its record says. It never makes one. For
@@ -164,7 +164,7 @@ func (c *keyServiceClient) DeleteDEK(ctx context.Context, in *DeleteDEKRequest, 
 //	UNAVAILABLE          KMS or store out of reach, or the service is sealed: call again
 //	RESOURCE_EXHAUSTED   too many calls under way: call again later
 //
-// Limits: IDs 1 to 256 bytes of printable ASCII, names 256 bytes, requests
+// Limits: IDs 1 to 512 bytes of printable ASCII, names 256 bytes, requests
 // 8 KiB. Keys are 32 bytes and travel sealed to a key of the caller's.
 type KeyServiceServer interface {
 	// GetDEK returns the DEK with what its record says. It never makes one. For
