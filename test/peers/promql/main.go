@@ -1,9 +1,10 @@
 // The program promql reads PromQL as Prometheus does, and says as JSON what it
 // asks for: every metric, with all the labels that it is selected, grouped or
-// matched by.
+// matched by; or which alerts fire.
 //
-//	promql RULES.yaml     the alerts of a file of rules, strictly read
-//	promql <EXPRESSIONS   expressions, one on each line
+//	promql RULES.yaml                   the alerts of a file of rules, strictly read
+//	promql <EXPRESSIONS                 expressions, one on each line
+//	promql fires RULES.yaml <SCENARIO   the alerts that fire, see scenario
 package main
 
 import (
@@ -28,14 +29,30 @@ type use struct {
 }
 
 func main() {
-	uses, err := read(parser.NewParser(parser.Options{}))
+	said, err := say(parser.NewParser(parser.Options{}))
 	if err == nil {
-		err = json.NewEncoder(os.Stdout).Encode(uses)
+		err = json.NewEncoder(os.Stdout).Encode(said)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "promql:", err)
 		os.Exit(1)
 	}
+}
+
+func say(p parser.Parser) (any, error) {
+	if len(os.Args) < 3 {
+		return read(p)
+	}
+	groups, err := rules(p, os.Args[2])
+	if err != nil {
+		return nil, err
+	}
+	return fires(p, groups, os.Stdin)
+}
+
+func rules(p parser.Parser, file string) (*rulefmt.RuleGroups, error) {
+	groups, errs := rulefmt.ParseFile(file, false, model.LegacyValidation, p, slog.New(slog.DiscardHandler))
+	return groups, errors.Join(errs...)
 }
 
 func read(p parser.Parser) (uses []use, err error) {
@@ -54,8 +71,8 @@ func read(p parser.Parser) (uses []use, err error) {
 		}
 		return uses, errors.Join(err, lines.Err())
 	}
-	groups, errs := rulefmt.ParseFile(os.Args[1], false, model.LegacyValidation, p, slog.New(slog.DiscardHandler))
-	if err := errors.Join(errs...); err != nil {
+	groups, err := rules(p, os.Args[1])
+	if err != nil {
 		return nil, err
 	}
 	for _, g := range groups.Groups {
