@@ -65,6 +65,8 @@ func TestJobsFill(t *testing.T) {
 			t.Errorf("%s: %v, %s; want %q", job.GetName(), err, out, words)
 		}
 	}
+	renew, _, _ := strings.Cut(documented(t, "### CryptcsiCertificateExpires", 1)[0], "\n") // the log is of a pod, and there are none
+	operator{c, t.TempDir()}.does(t, renew)
 	c.set(t, "cryptcsi-master-secret", nil)
 	refuses(secret, "Restore it from its backup")
 	c.set(t, "cryptcsi-master-secret", map[string][]byte{"master-secret": []byte("other"), "salt": master["salt"]})
