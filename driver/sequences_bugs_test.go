@@ -88,6 +88,8 @@ func (unclosed) Close(context.Context, string) error { return nil }
 //     ConfirmDEK (3), nothing undone when it fails for good (2), state file
 //     written after the device was borrowed (1), borrowed twice (12), the
 //     staging path not looked at (1047)
+//   - borrow: a device that has gone taken for the one that was noted (1097), one
+//     of which nothing was noted for the volume's (2558)
 //   - publish: the raw device of a block volume (1), target left behind (1)
 //   - unstage: mapping left open (1), device not given back (1), state file left (1)
 //   - names of mappings that are the same for all volumes (2)

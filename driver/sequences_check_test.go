@@ -62,6 +62,9 @@ func (w *world) checkMounts(node int) error {
 		if v == nil || m.Name != driver.MappingName(driverName, v.id) {
 			return fmt.Errorf("MIXED: mapping %s is at %s", m.Name, l.Target)
 		}
+		if v.replugged[node] {
+			continue // what is there is to be taken down
+		}
 		dev, err := n.kernel.Device(w.cloud.Attached(v.id)[n.name])
 		if err != nil || dev.Number != m.Backing {
 			return fmt.Errorf("MIXED: mapping %s of volume %s is on device %s, its disk is %s (%s)", m.Name, v.name, m.Backing, dev.Number, fmt.Sprint(err))

@@ -56,7 +56,9 @@ type volumeModel struct {
 	attached [sequenceNodes]sure
 	device   [sequenceNodes]map[string]string // publish contexts
 	staged   [sequenceNodes]sure
-	pods     [sequenceNodes][sequencePods]sure
+	// replugged: the device that a call has borrowed may not be the disk's any more.
+	replugged [sequenceNodes]bool
+	pods      [sequenceNodes][sequencePods]sure
 }
 
 // origin is what a volume is a copy of.
@@ -143,6 +145,8 @@ func (m *model) legalOnNode(o op, v *volumeModel) bool {
 		return v.attached[o.Node] == yes
 	case opSick:
 		return v.attached[o.Node] == yes && !v.busy(o.Node) && v.filled == yes && (o.Again || !v.shape.Block)
+	case opReplug:
+		return v.replugs(o.Node)
 	case opUnstage:
 		return v.staged[o.Node] != no && v.pods[o.Node] == [sequencePods]sure{}
 	case opPublish:
@@ -159,6 +163,11 @@ func (m *model) legalOnNode(o op, v *volumeModel) bool {
 	return false
 }
 
+// replugs: the disk may go away and come back, and no user sees it.
+func (v *volumeModel) replugs(node int) bool {
+	return v.attached[node] == yes && v.staged[node] != yes && v.pods[node] == [sequencePods]sure{}
+}
+
 // reboot is what becomes of a node's things.
 func (m *model) reboot(node int) {
 	unsure := func(s *sure) {
@@ -170,6 +179,7 @@ func (m *model) reboot(node int) {
 		if v == nil {
 			continue
 		}
+		v.replugged[node] = false
 		unsure(&v.staged[node])
 		for i := range v.pods[node] {
 			unsure(&v.pods[node][i])

@@ -40,6 +40,7 @@ const (
 	opKillController = "kill controller"
 	opReboot         = "reboot node"
 	opSick           = "NodeStage of zeros"
+	opReplug         = "disk comes back as another"
 )
 
 // weights say how often each is tried.
@@ -48,7 +49,7 @@ func weights() map[string]int {
 		opCreate: 5, opRestore: 10, opClone: 5, opCreateAgain: 8, opDelete: 4,
 		opSnapshot: 8, opSnapshotAgain: 8, opDeleteSnapshot: 2,
 		opAttach: 12, opDetach: 8, opStage: 18, opUnstage: 8, opPublish: 14, opUnpublish: 10,
-		opWrite: 14, opRead: 6, opExpand: 5, opNodeExpand: 6, opKill: 1, opKillController: 1, opReboot: 2, opSick: 8,
+		opWrite: 14, opRead: 6, opExpand: 5, opNodeExpand: 6, opKill: 1, opKillController: 1, opReboot: 2, opSick: 8, opReplug: 6,
 	}
 }
 
@@ -75,6 +76,8 @@ func (o op) String() string {
 		s += fmt.Sprintf(" pod %d", o.Pod)
 	case opCreate:
 		s += fmt.Sprintf(" %+v", shapes()[o.Shape])
+	case opReplug:
+		s += fmt.Sprintf(", its number to volume %d", o.Source)
 	case opClone:
 		s += fmt.Sprintf(" of volume %d", o.Source)
 	case opSnapshot, opSnapshotAgain, opRestore, opDeleteSnapshot:

@@ -292,6 +292,8 @@ func (w *world) step(o op) (outcome, error) {
 		return w.stage(o, v)
 	case opSick:
 		return w.stageZeros(o, v)
+	case opReplug:
+		return outcome{}, w.replug(o, v)
 	case opUnstage:
 		return w.unstage(o, v)
 	case opPublish:
@@ -582,8 +584,11 @@ func (w *world) stage(o op, v *volumeModel) (outcome, error) {
 	case err != nil:
 		return out, err
 	case out.err == nil:
-		v.staged[o.Node], v.filled, v.copied = yes, yes, no
+		v.staged[o.Node], v.filled, v.copied, v.replugged[o.Node] = yes, yes, no, false
 		return out, w.largeEnough(o, v)
+	case v.replugged[o.Node] && !out.faulted && status.Code(out.err) == codes.Unavailable:
+		v.replugged[o.Node] = false // once; the next call starts anew
+		return outcome{refused: true}, nil
 	case v.shape.Shared && status.Code(out.err) == codes.Aborted && v.filled != yes && v.attached[1-o.Node] != no:
 		v.staged[o.Node] = max(v.staged[o.Node], maybe)
 		return outcome{refused: true}, nil // the other node has claimed the format
@@ -655,7 +660,35 @@ func (w *world) unstage(o op, v *volumeModel) (outcome, error) {
 	if err != nil || out.err != nil {
 		return out, err
 	}
+	v.replugged[o.Node] = false
 	return out, w.nothingLeft(o.Node, v)
+}
+
+// replug lets a disk go away and come back with another number. The one that it
+// had goes to another volume's disk, unless a mapping keeps it.
+func (w *world) replug(o op, v *volumeModel) error {
+	n := w.nodes[o.Node]
+	mappings, err := drivertest.Mapper{Kernel: n.kernel}.List()
+	if err != nil {
+		return err
+	}
+	again := func(v *volumeModel, number string) (old string, err error) {
+		path := w.cloud.Attached(v.id)[n.name]
+		dev, err := n.kernel.Device(path)
+		if err == nil {
+			n.kernel.Reattach(path, number)
+			v.replugged[o.Node] = v.staged[o.Node] != no
+		}
+		return dev.Number, err
+	}
+	old, err := again(v, "")
+	kept := slices.ContainsFunc(mappings, func(m driver.Mapping) bool { return m.Backing == old })
+	other := w.model.volumes[o.Source]
+	if err != nil || kept || other == v || !other.ready() || !other.replugs(o.Node) {
+		return err
+	}
+	_, err = again(other, old)
+	return err
 }
 
 const driverName = "loop.cryptcsi.io"
