@@ -250,7 +250,9 @@ func TestSealed(t *testing.T) {
 	_, err = node.GetDEK(t.Context(), "e/one")
 	wants(t, "GetDEK of what the node may not have", err, errdefs.ErrDenied)
 	_, err = node.GetDEK(t.Context(), "d/none")
-	wants(t, "GetDEK of what there is not", err, errdefs.ErrDenied)
+	wants(t, "GetDEK of what there is not, by who may have it", err, errdefs.ErrNotFound)
+	_, err = node.GetDEK(t.Context(), "e/none")
+	wants(t, "GetDEK of what there is not, by who may not", err, errdefs.ErrDenied)
 	wants(t, "DeleteDEK by a node", node.DeleteDEK(t.Context(), "d/one"), errdefs.ErrDenied)
 
 	// What serve was told counts after unsealing too.
