@@ -262,10 +262,7 @@ func (w *world) do(o op) error {
 		}
 	}
 	w.tally.note(fmt.Sprintf("%s: %v", o, status.Code(out.err)))
-	if err == nil {
-		err = w.check(o)
-	}
-	if err != nil {
+	if err = errors.Join(err, w.check(o)); err != nil {
 		return fmt.Errorf("%s: %w", o, err)
 	}
 	return nil
