@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -373,6 +374,11 @@ func at(mounts []Mount, target string) []Mount {
 		}
 	}
 	return layers
+}
+
+// anyWithin tells whether something is mounted at dir or below it.
+func anyWithin(mounts []Mount, dir string) bool {
+	return slices.ContainsFunc(mounts, func(m Mount) bool { return within(m.Target, dir) })
 }
 
 // within tells whether path is dir or below it.

@@ -69,11 +69,18 @@ func TestAForeignMountStaysAfterAnEarlierTry(t *testing.T) {
 	for name, set := range map[string]func(m *machine){
 		"mounted by us": func(*machine) {},
 		"handed over":   func(m *machine) { m.cfg.StageWith = driver.StageWithWrapped },
+		"handed over to one that mounts below": func(m *machine) {
+			m.cfg.StageWith, m.wrapped.Below = driver.StageWithWrapped, true
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := begun(t, set)
 			m.reboot()
-			stays := m.foreign(m.wrapped.Create("other", 64*mib).Path, m.staging())
+			path := m.staging()
+			if m.wrapped.Below {
+				path = filepath.Join(path, volumeID)
+			}
+			stays := m.foreign(m.wrapped.Create("other", 64*mib).Path, path)
 			_, err := m.driver.Reconcile(t.Context())
 			m.ok("tidying up", err)
 			stays()

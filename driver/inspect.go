@@ -171,7 +171,7 @@ func (d *Driver) giveBackRebooted(ctx context.Context, volumeID string) error {
 		return err
 	}
 	mounts, err := d.cfg.Mounts.List()
-	if err != nil || len(at(mounts, st.StagingPath)) > 0 {
+	if err != nil || anyWithin(mounts, st.StagingPath) {
 		return err
 	}
 	return d.teardown(ctx, v, st.StagingPath)

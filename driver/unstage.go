@@ -68,7 +68,7 @@ func (d *Driver) unmountStaged(ctx context.Context, v volume, st *state, m Mappi
 		}
 	}
 	// What is there after a reboot, the wrapped driver did not mount for us.
-	handedOver := st != nil && st.HandedOver && (st.BootID == d.boot || len(at(mounts, st.StagingPath)) == 0)
+	handedOver := st != nil && st.HandedOver && (st.BootID == d.boot || !anyWithin(mounts, st.StagingPath))
 	if handedOver {
 		if err := d.takeBack(ctx, v, st); err != nil {
 			return err
@@ -132,7 +132,7 @@ func (d *Driver) borrowed(ctx context.Context, v volume, st *state) (innerStaged
 	if err != nil {
 		return false, false, err
 	}
-	if !slices.ContainsFunc(mounts, func(m Mount) bool { return within(m.Target, v.dir) }) {
+	if !anyWithin(mounts, v.dir) {
 		return false, false, nil
 	}
 	// The state file is lost, the device is here.
@@ -149,7 +149,7 @@ func (d *Driver) borrowed(ctx context.Context, v volume, st *state) (innerStaged
 // ones. To say that it is gone would have it detached from under its filesystem.
 func (d *Driver) unstageForeign(ctx context.Context, v volume, staging string) error {
 	mounts, err := d.cfg.Mounts.List()
-	if err != nil || !slices.ContainsFunc(mounts, func(l Mount) bool { return within(l.Target, staging) }) {
+	if err != nil || !anyWithin(mounts, staging) {
 		return err
 	}
 	d.log.WarnContext(ctx, "the wrapped driver unstages what it staged without encryption", "volume_id", v.id, "staging_path", staging)
