@@ -109,7 +109,7 @@ e2e-short: build ## the same in a few minutes, as .ci/run has it
 	@bin/e2e -short -only='$(ONLY)'
 
 .PHONY: e2e-full
-e2e-full: build ## all of Kubernetes' own storage tests that can run here (8 minutes; ONLY=regexp of specs)
+e2e-full: build ## all of Kubernetes' own storage tests that can run here (13 minutes; ONLY=regexp of specs)
 	@test/install.sh e2e e2e-storage
 	@bin/e2e -full -only='$(ONLY)'
 

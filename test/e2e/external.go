@@ -22,7 +22,6 @@ func leftOut() map[string]string {
 	return map[string]string{
 		`\[Disruptive\]`:              "they stop kubelet by ssh, which the node does not have; a scenario kills it",
 		`\[Serial\]`:                  "they want the cluster for themselves, to fill it until something gives way",
-		`\[Slow\]`:                    "minutes each",
 		`Feature:Windows`:             "the node is no Windows",
 		`Feature:volumegroupsnapshot`: "the vendor's driver takes no snapshots of groups",
 		`Feature:snapshotmetadata`:    "the vendor's driver lists no changed blocks",

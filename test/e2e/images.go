@@ -51,12 +51,17 @@ func suiteImages(s site) ([]images.Image, error) {
 	if err := errors.Join(machine(tools).programs("bash", "nsenter", "losetup", "blkid", "mount", "umount"), machine(tools).busybox()); err != nil {
 		return nil, err
 	}
+	gnu := images.Layer{} // busybox's dd has no oflag=nocache, and its shell takes no other
+	if err := errors.Join(machine(gnu).programs("dd"), machine(gnu).add("/bin/sh", "/usr/bin/dash")); err != nil {
+		return nil, err
+	}
 	agnhost := images.Layer{"/agnhost": {From: filepath.Join(s.bin, "../.tools/bin/agnhost")}}
 	const registry = "registry.k8s.io/e2e-test-images/"
 	return []images.Image{
 		{Name: registry + "agnhost:2.63.0", Layers: []images.Layer{tools, agnhost}, Entrypoint: []string{"/agnhost"}},
 		simple(registry+"busybox:1.37.0-1", tools, "/bin/sh"),
 		simple(registry+"nginx:1.15-4", tools, "/bin/sh"), // only its shell is used
+		{Name: registry + "glibc-dns-testing:2.0.0", Layers: []images.Layer{tools, gnu}, Entrypoint: []string{"/bin/sh"}},
 	}, nil
 }
 
