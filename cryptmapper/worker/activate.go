@@ -70,19 +70,10 @@ func (o *operation) activate(l *lock, dev *device, h *luks2.Header, extra uint32
 // activatePart maps a device that has grown by a part of a sector of ours, which
 // libcryptsetup would map in full and the kernel refuses.
 func (o *operation) activatePart(dev *device, h *luks2.Header) error {
-	name, number := o.Volume.Name, dm.Number{}
-	err := o.keyed(dev, h, func() (err error) {
-		if number, err = dm.Create(name, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"+name); err != nil {
-			return err
-		}
+	name := o.Volume.Name
+	err := o.makeCrypt(dev, h, name, func() error {
 		return dm.Load(name, []dm.Target{{Length: uint64(o.dataSize(dev, h) / 512), Type: "crypt", Params: o.cryptParams(dev, h)}}, o.Volume.ReadOnly)
 	})
-	if err == nil {
-		err = swap(name)
-	}
-	if err == nil {
-		err = dm.MakeNode(name, number)
-	}
 	if err != nil {
 		_ = dm.Remove(name)
 		return unavailable(fmt.Errorf("opening device %s: %w", dev.number, err))
@@ -94,14 +85,42 @@ func (o *operation) activatePart(dev *device, h *luks2.Header) error {
 // cryptParams is the table line that libcryptsetup would load for a volume without
 // integrity; verify compares it with what the volume must be.
 func (o *operation) cryptParams(dev *device, h *luks2.Header) string {
-	options := o.performance()
-	if h.SectorSize() != 512 {
-		options = append(options, fmt.Sprintf("sector_size:%d", h.SectorSize()))
+	options := append(o.performance(), o.cryptOptions(h)...)
+	return fmt.Sprintf("%s :64:logon:cryptsetup:%s-d0 0 %s %d %d %s", o.Spec.Cipher, h.Copy.UUID(), dev.number, luks2.DataOffset/512, len(options), strings.Join(options, " "))
+}
+
+// cryptOptions are those in the table that are the same with integrity and without.
+func (o *operation) cryptOptions(h *luks2.Header) []string {
+	var options []string
+	if h.SectorSize() == 4096 {
+		options = append(options, "sector_size:4096")
 	}
 	if o.Spec.Discard {
 		options = append(options, cryptmapper.DiscardOption)
 	}
-	return fmt.Sprintf("%s :64:logon:cryptsetup:%s-d0 0 %s %d %d %s", o.Spec.Cipher, h.Copy.UUID(), dev.number, luks2.DataOffset/512, len(options), strings.Join(options, " "))
+	return options
+}
+
+// makeCrypt makes a dm-crypt mapping of the volume, with the table that load loads
+// into it while the volume key is in the keyring.
+func (o *operation) makeCrypt(dev *device, h *luks2.Header, name string, load func() error) error {
+	number, err := dm.Create(name, cryptUUID(h)+name)
+	if err == nil {
+		err = o.keyed(dev, h, load)
+	}
+	if err == nil {
+		err = swap(name)
+	}
+	if err == nil {
+		err = dm.MakeNode(name, number)
+	}
+	return unavailable(err)
+}
+
+// cryptUUID begins the UUIDs that libcryptsetup gives to mappings of a header; their
+// names follow.
+func cryptUUID(h *luks2.Header) string {
+	return "CRYPT-LUKS2-" + strings.ReplaceAll(h.Copy.UUID(), "-", "") + "-"
 }
 
 // direct tells whether dm-integrity is to work without its journal.

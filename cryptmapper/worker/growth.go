@@ -2,7 +2,6 @@ package worker
 
 import (
 	"fmt"
-	"strings"
 
 	"github.com/cryptcsi/cryptcsi/cryptmapper"
 	"github.com/cryptcsi/cryptcsi/cryptmapper/dm"
@@ -229,17 +228,7 @@ func (o *operation) wipeNew(dev *device, h *luks2.Header, through string) (*luks
 // second makes a mapping like the volume's own, but of all that the integrity
 // layer provides.
 func (o *operation) second(dev *device, h *luks2.Header, name string) error {
-	number, err := dm.Create(name, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"+name)
-	if err == nil {
-		err = o.keyed(dev, h, func() error { return longer(o.Volume.Name, name, h.Token.Growing.Sectors) })
-	}
-	if err == nil {
-		err = swap(name)
-	}
-	if err == nil {
-		err = dm.MakeNode(name, number)
-	}
-	return unavailable(err)
+	return o.makeCrypt(dev, h, name, func() error { return longer(o.Volume.Name, name, h.Token.Growing.Sectors) })
 }
 
 // catchUp lets a mapping without dm-clone that is shorter than the token says

@@ -251,7 +251,7 @@ func (o *operation) existing(l *lock, dev *device, h *luks2.Header) (bool, error
 			return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and sits on device %s, which is not %s or was replaced: close it, or take another name", name, s.Bottom(), dev.number)
 		}
 		return false, o.remove(name)
-	case !strings.HasPrefix(s.Lower.UUID, "CRYPT-LUKS2-"+strings.ReplaceAll(h.Copy.UUID(), "-", "")+"-"):
+	case !strings.HasPrefix(s.Lower.UUID, cryptUUID(h)):
 		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s on device %s was made from another header (%s)", name, dev.number, s.Lower.UUID)
 	case s.Top.ReadOnly != o.Volume.ReadOnly:
 		return false, errdefs.Errorf(errdefs.ErrState, "mapping %s exists and its read-only state differs: unstage the volume first", name)

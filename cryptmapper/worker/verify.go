@@ -53,12 +53,7 @@ func (o *operation) verifyCrypt(c *comparison, dev *device, h *luks2.Header, s c
 		want = cryptmapper.CryptTable{Cipher: integrityCipher, Device: s.Integrity.Info.Number, Options: []string{integrityOption}}
 		keySize = 96
 	}
-	if h.SectorSize() == 4096 {
-		want.Options = append(want.Options, "sector_size:4096")
-	}
-	if o.Spec.Discard {
-		want.Options = append(want.Options, cryptmapper.DiscardOption)
-	}
+	want.Options = append(want.Options, o.cryptOptions(h)...)
 	slices.Sort(want.Options)
 	c.is("cipher", s.Crypt.Cipher, want.Cipher)
 	c.is("key", s.Crypt.Key, fmt.Sprintf(":%d:logon:cryptsetup:%s-d0", keySize, h.Copy.UUID()))
