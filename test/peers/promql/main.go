@@ -1,4 +1,4 @@
-// The program promql reads PromQL as Prometheus does, and says as JSON what it
+// Command promql reads PromQL as Prometheus does, and says as JSON what it
 // asks for: every metric, with all the labels that it is selected, grouped or
 // matched by; or which alerts fire.
 //
