@@ -6,6 +6,7 @@ import (
 	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
@@ -82,7 +83,7 @@ func copies(t *testing.T, mask []byte) int {
 	defer mem.Close()
 	found := 0
 	const step = 1 << 16
-	buf := make([]byte, step+len(mask)-1) // so that none is cut in two
+	buf := make([]byte, step+len(mask)) // so that none is cut in two
 	defer clear(buf)
 	scanner := bufio.NewScanner(bytes.NewReader(maps))
 	for scanner.Scan() {
@@ -96,12 +97,21 @@ func copies(t *testing.T, mask []byte) int {
 			if err != nil {
 				break
 			}
-			for i := range buf[:n] {
-				buf[i] ^= 0x5a // a key here is the mask now
-			}
+			unmask(buf) // a key here is the mask now
 			found += bytes.Count(buf[:n], mask)
 			clear(buf)
 		}
 	}
 	return found
+}
+
+// unmask XORs each byte of buf, whose length is a multiple of 8, with 0x5a: eight
+// at once, never a whole key in a register. Watched by the race detector it takes
+// ten times as long, and all memory goes through it.
+//
+//go:norace
+func unmask(buf []byte) {
+	for ; len(buf) > 0; buf = buf[8:] {
+		binary.NativeEndian.PutUint64(buf, binary.NativeEndian.Uint64(buf)^0x5a5a5a5a5a5a5a5a)
+	}
 }
