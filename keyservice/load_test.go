@@ -212,7 +212,7 @@ func TestOwnDeadline(t *testing.T) {
 	g := newGate()
 	w := start(t, func(w *world, cfg *keyservice.Config) {
 		roles(w, cfg)
-		cfg.Timeout = 20 * time.Millisecond
+		cfg.Timeout = time.Second // long enough to get as far as the store
 		w.keys.get = g.hold
 	})
 	w.create(t, vol)
@@ -229,7 +229,7 @@ func TestCallersDeadline(t *testing.T) {
 	w := start(t, func(w *world, cfg *keyservice.Config) { roles(w, cfg); w.keys.get = g.hold })
 	w.create(t, vol)
 	c := w.as(t, node)
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	_, _, err := c.get(ctx, vol)
 	mustCode(t, "the caller's deadline", err, codes.DeadlineExceeded)

@@ -372,7 +372,10 @@ func TestRecoveryBesideTries(t *testing.T) {
 	reached, proceed := make(chan struct{}, 1000), make(chan struct{})
 	s.devices.before = func(string) error { reached <- struct{}{}; <-proceed; return nil }
 	s.start(t, s.recoverable(t), &ordinary{keys: s.keys, node: "n"}, func() {})
-	<-reached // a try of the ordinary way is at the device
+	<-reached
+	proceed <- struct{}{}
+	s.log.await(t, `msg="not open yet" .*a header that is not ours`)
+	<-reached // the next try of the ordinary way is at the device
 	first := make(chan error, 1)
 	c := s.as(t, s.ca, "operator")
 	go func() { first <- s.recover(t, c, s.master) }()
@@ -385,7 +388,6 @@ func TestRecoveryBesideTries(t *testing.T) {
 	if err := errors.Join(<-first, s.ended(t)); err != nil {
 		t.Error(err)
 	}
-	s.log.await(t, `msg="not open yet" .*a header that is not ours`)
 }
 
 // TestOrdinaryWayWins: what was denied or away may come by itself while an
