@@ -167,6 +167,82 @@ func TestRestoreChecks(t *testing.T) {
 	mustHave(t, "restored", k, want)
 }
 
+// TestRewrapWithinGrace: a deleted key moves to the KEK's next version, and comes
+// back without the former one; it stays as deleted as it was.
+func TestRewrapWithinGrace(t *testing.T) {
+	for name, auth := range map[string]secret.Bytes{"": {}, " with an authenticator": secret.Random(32)} {
+		store, c := openStore(t, "mem://"), newClock()
+		older, newer := kmstest.NewBackend(), kmstest.NewBackend()
+		ring := func(keks ...kms.Backend) *envelope.Keyring {
+			o := c.options()
+			o.Grace, o.RecordAuth = 24*time.Hour, auth.Clone()
+			var all []*kms.KEK
+			for _, b := range keks {
+				all = append(all, fakeKEK(b))
+			}
+			k, err := envelope.New(all, []envelope.Store{store}, o)
+			must(t, "New"+name, err)
+			t.Cleanup(func() { _ = k.Close() })
+			return k
+		}
+		want := format(t, ring(older), id)
+		rotating, err := ring(older).RotateDEK(t.Context(), id)
+		must(t, "RotateDEK"+name, err)
+		must(t, "DeleteDEK"+name, ring(older).DeleteDEK(t.Context(), id))
+		data, _ := stored(t, store, id)
+		deleted := parse(t, data)
+
+		c.advance(time.Hour)
+		must(t, "RewrapDEK"+name, ring(newer, older).RewrapDEK(t.Context(), id))
+		data, version := stored(t, store, id)
+		rewrapped := parse(t, data)
+		for _, field := range []string{"state", "updated", "expires"} {
+			if rewrapped[field] != deleted[field] {
+				t.Errorf("rewrapped%s, %q is %v, was %v", name, field, rewrapped[field], deleted[field])
+			}
+		}
+		must(t, "RewrapDEK again"+name, ring(newer, older).RewrapDEK(t.Context(), id))
+		if _, again := stored(t, store, id); again != version {
+			t.Errorf("wrapped%s once more for nothing", name)
+		}
+		_, err = ring(newer, older).GetDEK(t.Context(), id)
+		mustBe(t, "GetDEK of what is deleted"+name, err, errdefs.ErrNotFound)
+
+		must(t, "RestoreDEK with the new KEK alone"+name, ring(newer).RestoreDEK(t.Context(), id))
+		got, err := ring(newer).GetDEK(t.Context(), id)
+		must(t, "GetDEK"+name, err)
+		if !got.Key.Equal(rotating.Key) || !got.Previous.Equal(want.Key) || got.State != dek.Rotating {
+			t.Errorf("restored%s it has other keys, or is %s", name, got.State)
+		}
+	}
+}
+
+// TestRewrapUnproven: a tombstone that may be planted is not made one of ours.
+func TestRewrapUnproven(t *testing.T) {
+	store, service := openStore(t, "mem://"), kmstest.NewBackend()
+	o := newClock().options()
+	o.Grace = time.Hour
+	must(t, "DeleteDEK", func() error {
+		k := newKeyring(t, fakeKEK(service), store, o)
+		format(t, k, id)
+		return k.DeleteDEK(t.Context(), id)
+	}())
+	service.Rotate()
+	before, _ := stored(t, store, id)
+	o.RecordAuth = secret.Random(32)
+	k := newKeyring(t, fakeKEK(service), store, o)
+	err := k.RewrapDEK(t.Context(), id)
+	mustBe(t, "RewrapDEK", err, errdefs.ErrState)
+	if !strings.Contains(fmt.Sprint(err), "restore it") {
+		t.Errorf("%v does not say what to do", err)
+	}
+	if after, _ := stored(t, store, id); after != before {
+		t.Error("it was changed")
+	}
+	must(t, "RestoreDEK", k.RestoreDEK(t.Context(), id))
+	must(t, "RewrapDEK", k.RewrapDEK(t.Context(), id))
+}
+
 func TestSeveralStores(t *testing.T) {
 	service := kmstest.NewBackend()
 	old := openStore(t, "mem://")

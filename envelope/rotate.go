@@ -96,8 +96,9 @@ func (k *Keyring) inherit(ctx context.Context, r *record) error {
 // RewrapDEK wraps the DEK, and the previous one while there is one, under the
 // current key of the KEK that its spec names (the first one where it names
 // none), unless they are already, and authenticates the record if it should be
-// and is not. The DEK itself stays. ErrState where it was deleted, ErrInvalid
-// where no KEK has that name.
+// and is not. The DEK itself stays. What was deleted is wrapped anew as long as
+// it can be restored, and stays deleted. ErrState where its key is gone,
+// ErrInvalid where no KEK has that name.
 func (k *Keyring) RewrapDEK(ctx context.Context, id dek.ID) error { return k.rewrap(ctx, id, false) }
 
 // RewrapDEKAlways is RewrapDEK that wraps anew in any case: for services whose
@@ -107,39 +108,83 @@ func (k *Keyring) RewrapDEKAlways(ctx context.Context, id dek.ID) error {
 }
 
 func (k *Keyring) rewrap(ctx context.Context, id dek.ID, always bool) error {
-	return k.change(ctx, id, func(r *record, main opened) (bool, error) {
-		own, err := k.kekOf(r)
+	return k.try(ctx, id, func() error {
+		stored, at, err := k.load(ctx, id)
 		if err != nil {
-			return false, err
+			return err
 		}
-		current, err := k.keks[own].CurrentKeyID(ctx)
-		if err != nil {
-			return false, err
-		}
-		due := func(w wrappedV1, kek int) bool { return always || kek != own || w.KeyID != current }
-		changed := k.auth != nil && r.Auth == nil
-		if due(r.Wrapped, main.kek) {
-			if r.Wrapped, err = k.wrap(ctx, r, main.key); err != nil {
-				return false, err
+		r := stored
+		if stored.State == dek.Deleted {
+			if err := k.restorable(stored); err != nil {
+				return err
 			}
-			changed = true
+			r = stored.former()
 		}
-		if r.Previous.IsZero() {
-			return changed, nil
-		}
-		previous, err := k.unwrap(ctx, id, r.Previous)
+		main, err := k.open(ctx, r)
 		if err != nil {
-			return false, fmt.Errorf("the previous key: %w", err)
+			return err
 		}
-		defer previous.key.Wipe()
-		if due(r.Previous, previous.kek) {
-			if r.Previous, err = k.wrap(ctx, r, previous.key); err != nil {
-				return false, err
+		defer main.key.Wipe()
+		changed, err := k.wrapAnew(ctx, r, main, always)
+		if err != nil || !changed && (k.auth == nil || stored.Auth != nil) {
+			return err
+		}
+		r.Updated = k.stamp(k.now())
+		if stored.State == dek.Deleted {
+			if r.MAC, err = r.mac(main.key); err != nil {
+				return err
 			}
-			changed = true
+			r = r.tombstone(stored.Updated, stored.Expires)
 		}
-		return changed, nil
+		return k.replace(ctx, r, main.key, at)
 	})
+}
+
+// restorable is nil for a tombstone that may be written anew with its key. One
+// that is not proven to be ours would be, once we have written it.
+func (k *Keyring) restorable(t *record) error {
+	if t.Expires == "" {
+		return errdefs.Errorf(errdefs.ErrState, "it %s", t.deletion())
+	}
+	if err := k.auth.proven(t); err != nil {
+		return fmt.Errorf("%w: restore it, and delete it again if it should be", err)
+	}
+	return nil
+}
+
+// wrapAnew wraps r's keys under the current key of its KEK, where they are not or
+// always, and says whether one was.
+func (k *Keyring) wrapAnew(ctx context.Context, r *record, main opened, always bool) (changed bool, err error) {
+	own, err := k.kekOf(r)
+	if err != nil {
+		return false, err
+	}
+	current, err := k.keks[own].CurrentKeyID(ctx)
+	if err != nil {
+		return false, err
+	}
+	due := func(w wrappedV1, kek int) bool { return always || kek != own || w.KeyID != current }
+	if due(r.Wrapped, main.kek) {
+		if r.Wrapped, err = k.wrap(ctx, r, main.key); err != nil {
+			return false, err
+		}
+		changed = true
+	}
+	if r.Previous.IsZero() {
+		return changed, nil
+	}
+	previous, err := k.unwrap(ctx, r.ID, r.Previous)
+	if err != nil {
+		return false, fmt.Errorf("the previous key: %w", err)
+	}
+	defer previous.key.Wipe()
+	if due(r.Previous, previous.kek) {
+		if r.Previous, err = k.wrap(ctx, r, previous.key); err != nil {
+			return false, err
+		}
+		changed = true
+	}
+	return changed, nil
 }
 
 // wrap wraps key under the KEK of r. What it returns may become the only copy

@@ -177,7 +177,7 @@ func rewrap(ctx context.Context, c *command) error {
 	}
 	bad := 0
 	if len(ids) == 0 {
-		if ids, bad, err = c.living(ctx, k); err != nil {
+		if ids, bad, err = c.keyed(ctx, k); err != nil {
 			return err
 		}
 	}
@@ -201,15 +201,15 @@ func rewrap(ctx context.Context, c *command) error {
 	return fmt.Errorf("%d objects in the store are no records that this build can read: do not retire old versions of the KEK before they are understood", bad)
 }
 
-// living returns the IDs of all DEKs that are not deleted, and how many objects
-// are no records.
-func (c *command) living(ctx context.Context, k *envelope.Keyring) (ids []dek.ID, bad int, err error) {
+// keyed returns the IDs of all DEKs that have a key, those that were deleted and
+// can be restored too, and how many objects are no records.
+func (c *command) keyed(ctx context.Context, k *envelope.Keyring) (ids []dek.ID, bad int, err error) {
 	err = each(ctx, k, func(i envelope.Info) error {
 		switch {
 		case i.Err != nil:
 			bad++
 			c.log.Error("an object in the store is no record that this build can read", "object", i.Object, "error", i.Err)
-		case i.State != dek.Deleted:
+		case len(i.Wraps) > 0:
 			ids = append(ids, i.ID)
 		}
 		return nil

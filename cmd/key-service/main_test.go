@@ -117,7 +117,11 @@ func TestLifeOfKeys(t *testing.T) {
 	must(t, with(grace, "dek delete", "--yes", "d/one"), "deleted +d/one")
 	must(t, with(last, "dek list"), "d/one +deleted until 2")
 	must(t, with(last, "prune", "--yes"), "0 deleted keys are past their grace")
-	must(t, with(last, "dek restore", "d/one"), "restored +d/one")
+	back := []string{"--kms-uri", "static://" + older, "--kms-uri", "static://" + newer, "--storage-uri", "file://" + dir}
+	must(t, with(back, "rewrap"), "rewrapped 2 of 2") // the deleted one too
+	must(t, with(moved, "rewrap", "d/two"), "rewrapped 1 of 1")
+	must(t, with(first, "dek restore", "d/one"), "restored +d/one")
+	must(t, with(moved, "rewrap"), "rewrapped 2 of 2")
 	must(t, with(last, "dek delete", "--yes", "d/one"), "deleted +d/one")
 	mustFail(t, with(last, "dek restore", "d/one"), "cannot be restored")
 	mustFail(t, with(last, "dek create", "d/one"), "deleted")
