@@ -118,9 +118,14 @@ func fillDisk(ctx context.Context, s site, disk string, all []images.Image) (err
 }
 
 // importImages adds those of imagesFile to containerd's store.
-func importImages(ctx context.Context, s site, store string) error {
-	const socket = "/run/e2e/containerd.sock"
-	config := fmt.Sprintf("version = 2\nroot = %q\nstate = \"/run/e2e/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = %q\n", store, socket)
+func importImages(ctx context.Context, s site, store string) (err error) {
+	run, err := os.MkdirTemp("/run", "e2e-") // the path of a socket must be short
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(run)) }()
+	socket := run + "/containerd.sock"
+	config := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = %q\n", store, run+"/state", socket)
 	if err := os.WriteFile(s.path("import.toml"), []byte(config), 0o644); err != nil {
 		return err
 	}
