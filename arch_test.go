@@ -13,6 +13,7 @@ import (
 	"go/types"
 	"io"
 	"io/fs"
+	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
@@ -290,6 +291,24 @@ func TestFolderNames(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTracked: git keeps what people write, and no program that was built by the
+// way: each clone would carry it for ever.
+func TestTracked(t *testing.T) {
+	if _, err := os.Stat(".git"); err != nil {
+		t.Skipf("not a clone: %v", err)
+	}
+	out, err := exec.CommandContext(t.Context(), "git", "ls-files", "-z").Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	const most = 1 << 20
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+		if info, err := os.Lstat(name); err == nil && info.Size() > most {
+			t.Errorf("%s has %d bytes, and no file needs more than %d: is it something that was built?", name, info.Size(), most)
+		}
 	}
 }
 
