@@ -449,22 +449,23 @@ func (f fixture) permissions(t *testing.T) {
 				return v == verb || verb == "watch" && v == "list" // by which it would go on, if slowly
 			})
 			f.AllowCluster(t, user, rules...)
-			if err := f.everything(t, config); err == nil {
+			if err := f.everything(t, config, time.Second); err == nil {
 				t.Errorf("nobody needs to %s %s", verb, rule.Resources[0])
 			}
 		}
 	}
 	f.AllowCluster(t, user, all...)
-	must(t, "with all of it", f.everything(t, config))
+	must(t, "with all of it", f.everything(t, config, 20*time.Second))
 	f.deleteVA(t, "less")
 }
 
-// everything does what the key service does, and says what failed for want of a right.
-func (f fixture) everything(t *testing.T, config *rest.Config) error {
+// everything does what the key service does, and says what failed for want of a
+// right: that of listing is missing where there is no listing for so long.
+func (f fixture) everything(t *testing.T, config *rest.Config, patience time.Duration) error {
 	a, err := kube.NewAttachments(config, kube.AttachmentsOptions{})
 	must(t, "NewAttachments", err)
 	run(t, a)
-	for end := time.Now().Add(time.Second); !a.HasSynced(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); !a.HasSynced(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			return a.Ready()
 		}

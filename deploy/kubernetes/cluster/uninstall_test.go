@@ -178,7 +178,7 @@ func (u *uninstalling) everyday(t *testing.T) {
 
 // manyVolumes: a refusal does not take long.
 func (u *uninstalling) manyVolumes(t *testing.T) {
-	const n = 500
+	const n = 100
 	for i := range n {
 		u.volume(t, fmt.Sprintf("many-%d", i), encrypted)
 	}
