@@ -65,6 +65,10 @@ image_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross skopeo docker-regist
 # Whose cryptsetup the tests use besides the machine's own: 2.3 and 2.8.
 cryptsetup_suites=(bullseye forky)
 
+# Seconds before what has failed is tried the second time, twice as many before the
+# third.
+pause=${INSTALL_PAUSE:-15}
+
 say() { printf 'install: %s\n' "$*" >&2; }
 fail() {
 	say "$*"
@@ -82,20 +86,29 @@ missing() {
 }
 
 # quietly TEXT COMMAND... runs COMMAND in a subshell and prints TEXT with the
-# seconds it took; where it fails, also the end of what it said. Not to be
-# called in a condition: the shell would then ignore failures within COMMAND.
+# seconds it took; where it fails, also the end of what it said. Nearly all of it
+# is downloading, so what fails is tried three times: it goes on where it was, or
+# begins anew. Not to be called in a condition: the shell would then ignore
+# failures within COMMAND.
 quietly() {
-	local text=$1 log status start=$SECONDS
+	local text=$1 log status start=$SECONDS try
 	shift
 	log=$(mktemp)
-	set +e
-	(
+	for try in 1 2 3; do
+		set +e
+		(
+			set -e
+			"$@"
+		) >"$log" 2>&1
+		status=$?
 		set -e
-		"$@"
-	) >"$log" 2>&1
-	status=$?
-	set -e
-	[ $status = 0 ] || tail -n 20 "$log" >&2
+		[ $status != 0 ] || break
+		tail -n 20 "$log" >&2
+		[ $try = 3 ] || {
+			say "failed, tried again in $((try * pause)) s: $text"
+			sleep $((try * pause))
+		}
+	done
 	rm -f "$log"
 	[ $status = 0 ] || fail "failed: $text"
 	say "$text ($((SECONDS - start)) s)"
@@ -125,9 +138,14 @@ debian() {
 	mapfile -t want < <(missing "$@")
 	[ ${#want[@]} = 0 ] && return
 	need_root "${want[@]}"
-	quietly "package lists" as_root apt-get -q update
-	quietly "packages: ${want[*]}" \
-		as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy --no-install-recommends install "${want[@]}"
+	quietly "packages: ${want[*]}" install_packages "${want[@]}"
+}
+
+# install_packages PACKAGE... brings the lists up to date first, and waits for
+# another apt-get to end.
+install_packages() {
+	as_root apt-get -q -o Acquire::Retries=3 update
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy -o Acquire::Retries=3 -o DPkg::Lock::Timeout=600 --no-install-recommends install "$@"
 }
 
 # go_works tells whether the `go` at hand can build this module. Asked inside
