@@ -2,15 +2,24 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"net"
+	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	registrationpb "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
+	"github.com/cryptcsi/cryptcsi/errdefs"
 	"github.com/cryptcsi/cryptcsi/internal/grpcserver"
 )
+
+// registrationRetry is how often it is tried whether the name is free.
+const registrationRetry = time.Second
 
 // registration tells kubelet which driver serves where: what
 // node-driver-registrar does elsewhere.
@@ -33,7 +42,10 @@ func newRegistration(name, endpoint string, log *slog.Logger, registered func())
 // does not ask again by itself after it has refused; that is an error, so that
 // the process ends and the next one is asked.
 func (r *registration) serve(ctx context.Context, kubeletDir string) error {
-	lis, err := grpcserver.Listen(filepath.Join(kubeletDir, "plugins_registry", r.name+"-reg.sock"))
+	lis, err := r.listen(ctx, filepath.Join(kubeletDir, "plugins_registry", r.name+"-reg.sock"))
+	if ctx.Err() != nil && err != nil {
+		return nil //nolint:nilerr // told to end while it waited
+	}
 	if err != nil {
 		return fmt.Errorf("registration with kubelet: %w", err)
 	}
@@ -50,6 +62,25 @@ func (r *registration) serve(ctx context.Context, kubeletDir string) error {
 		}
 	})
 	return g.Wait()
+}
+
+// listen waits as long as another process has the driver registered under the same
+// name: the vendor's registrar, until its pod is replaced.
+func (r *registration) listen(ctx context.Context, path string) (net.Listener, error) {
+	for waits := false; ; waits = true {
+		lis, err := grpcserver.Listen(path)
+		if info, missing := os.Lstat(path); !errors.Is(err, errdefs.ErrExists) || missing == nil && info.Mode().Type() != fs.ModeSocket {
+			return lis, err
+		}
+		if !waits {
+			r.log.WarnContext(ctx, "the driver is registered by another process; kubelet asks this one when that has ended", "driver", r.name, "error", err)
+		}
+		select {
+		case <-time.After(registrationRetry):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 }
 
 func (r *registration) GetInfo(context.Context, *registrationpb.InfoRequest) (*registrationpb.PluginInfo, error) {

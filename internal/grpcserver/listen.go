@@ -21,7 +21,8 @@ const maxPath = len(unix.RawSockaddrUnix{}.Path) - 1
 // "unix:///path.sock", "unix:/path.sock" or the absolute path alone. A socket
 // that a dead process left is removed, one that answers is not: that is
 // ErrExists. Only root and the group of this process may connect: whoever can,
-// can have volumes. The listener removes the socket when it is closed.
+// can have volumes. The listener removes the socket when it is closed, unless
+// another one is in its place by then.
 func Listen(endpoint string) (net.Listener, error) {
 	path, err := socketPath(endpoint)
 	if err != nil {
@@ -37,7 +38,28 @@ func Listen(endpoint string) (net.Listener, error) {
 	if err := os.Chmod(path, 0o660); err != nil {
 		return nil, errors.Join(err, lis.Close())
 	}
-	return lis, nil
+	made, err := os.Lstat(path)
+	if err != nil {
+		return nil, errors.Join(err, lis.Close())
+	}
+	if u, ok := lis.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false) // by its name, whoever has that
+	}
+	return &listener{Listener: lis, path: path, made: made}, nil
+}
+
+// listener removes its own socket when it is closed.
+type listener struct {
+	net.Listener
+	path string
+	made fs.FileInfo
+}
+
+func (l *listener) Close() error {
+	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.made) {
+		_ = os.Remove(l.path)
+	}
+	return l.Listener.Close()
 }
 
 func socketPath(endpoint string) (string, error) {

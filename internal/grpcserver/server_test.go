@@ -262,6 +262,32 @@ func TestListenOverAStaleSocket(t *testing.T) {
 	}
 }
 
+// TestListenLeavesAnothersSocket: some servers, such as node-driver-registrar, take
+// a socket's place without asking. It is theirs then.
+func TestListenLeavesAnothersSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s.sock")
+	lis, err := grpcserver.Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	other, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = other.Close() }()
+	if err := lis.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	if conn, err := net.Dial("unix", path); err != nil {
+		t.Errorf("the other server lost its socket: %v", err)
+	} else {
+		_ = conn.Close()
+	}
+}
+
 func TestListenLeavesOtherFilesAlone(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.sock")
 	if err := os.WriteFile(path, []byte("data"), 0o600); err != nil {
