@@ -67,7 +67,7 @@ test: unit test-keys kernel ## all tests; sanity is one of the kernel's
 .PHONY: unit
 unit: build ## tests that need neither a kernel nor a server of their own, with the race detector
 	@test/install.sh images
-	go test -race -skip '^TestKernel' $$($(call packages,grep -v))
+	go test -race -timeout 20m -skip '^TestKernel' $$($(call packages,grep -v))
 
 .PHONY: peers
 peers: install # the servers that test-keys talks to
@@ -75,7 +75,7 @@ peers: install # the servers that test-keys talks to
 
 .PHONY: test-keys
 test-keys: build peers ## every KMS and every store against real servers; prints the table KEK x store x check
-	go test -race -skip '^TestKernel' $$($(call packages,grep) | grep -vx $(MODULE)/test/keys)
+	go test -race -timeout 20m -skip '^TestKernel' $$($(call packages,grep) | grep -vx $(MODULE)/test/keys)
 	go test ./kms/kmip # again: the server of its fault tests cannot run with the race detector
 	go test -count=1 -v ./test/keys | grep -vE '^(=== |PASS$$| *--- PASS)'
 
