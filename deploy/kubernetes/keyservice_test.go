@@ -265,6 +265,25 @@ func TestAuthorityIsTheJobs(t *testing.T) {
 	}
 }
 
+// TestCertificatesElsewhere: our CronJob rests where the certificate is not its own,
+// also in a cluster that has it from before, and works where it is.
+func TestCertificatesElsewhere(t *testing.T) {
+	for dir, elsewhere := range map[string]bool{keyed: false, "examples/cert-manager": true, "../../test/e2e/upgraded": true} {
+		objects := build(t, dir)
+		jobs := of[*batchv1.CronJob](objects)
+		if len(jobs) != 1 || jobs[0].Name != "key-service-certificate" {
+			t.Fatalf("%s: CronJobs %v, want one that apply changes", dir, jobs)
+		}
+		if suspended := jobs[0].Spec.Suspend != nil && *jobs[0].Spec.Suspend; suspended != elsewhere {
+			t.Errorf("%s: the CronJob is suspended: %v, want %v", dir, suspended, elsewhere)
+		}
+		once := slices.ContainsFunc(of[*batchv1.Job](objects), func(j *batchv1.Job) bool { return j.Name == "key-service-certificate" })
+		if once == elsewhere {
+			t.Errorf("%s: there is the Job: %v, want %v", dir, once, !elsewhere)
+		}
+	}
+}
+
 func keyService(t *testing.T, objects []any) *appsv1.Deployment {
 	t.Helper()
 	return deployment(t, objects, "key-service")
