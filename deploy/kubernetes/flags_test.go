@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -116,6 +117,35 @@ func TestPrograms(t *testing.T) {
 	}
 	if len(asked) != 3 {
 		t.Errorf("asked %v, want all three programs", asked)
+	}
+	letsItStart(t, program("cryptcsi/csi-plugin:dev"))
+}
+
+// letsItStart: kubelet does not kill a csi-plugin that waits for the wrapped driver.
+// It answers nobody until then, would seem to hang, and could not say what it lacks.
+func letsItStart(t *testing.T, plugin string) {
+	t.Helper()
+	help, err := exec.CommandContext(t.Context(), plugin, "controller", "--help").CombinedOutput()
+	found := regexp.MustCompile(`-start-timeout duration\n.*\(default (.*)\)`).FindSubmatch(help)
+	if err != nil || found == nil {
+		t.Fatalf("there is no --start-timeout: %v\n%s", err, help)
+	}
+	waits, err := time.ParseDuration(string(found[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range beside() {
+		for _, pod := range pods(build(t, dir)) {
+			for _, c := range pod.Spec.Containers {
+				if c.Name != "csi-plugin" {
+					continue
+				}
+				p := c.LivenessProbe
+				if killed := time.Duration(p.InitialDelaySeconds+(p.FailureThreshold-1)*p.PeriodSeconds) * time.Second; killed < waits+10*time.Second {
+					t.Errorf("%s: csi-plugin %s is killed after %v, and waits %v for the wrapped driver", dir, c.Args[0], killed, waits)
+				}
+			}
+		}
 	}
 }
 
