@@ -161,7 +161,7 @@ func (k *killing) once(t *testing.T, by int64, next int, resize func(k *killing)
 // that the killed one was at ended and left the volume hydrating.
 func (k *killing) converge(t *testing.T, act func() error) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		err := act()
 		if err == nil {
 			return
