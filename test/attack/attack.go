@@ -202,8 +202,8 @@ func (s *suite) oneOurs(a attack, t *target) (message string, err error) {
 	case a.must.open == nil:
 		message, err = a.must.refusal(err)
 		s.refusals = append(s.refusals, took)
-		if usual := s.usual(); a.must.quick && took > max(3*usual, time.Second) {
-			err = errors.Join(err, fmt.Errorf("it took %v; refusals take %v", took, usual))
+		if a.must.quick {
+			err = errors.Join(err, s.quickly(t, took))
 		}
 	case err == nil:
 		message, err = a.must.open(t, m)
@@ -219,6 +219,21 @@ func (s *suite) oneOurs(a attack, t *target) (message string, err error) {
 		err = a.must.after(t)
 	}
 	return message, err
+}
+
+// quickly fails where a refusal costs more than refusals do. What it took may be
+// the machine's fault, which had other work: then it is tried again.
+func (s *suite) quickly(t *target, took time.Duration) error {
+	limit := max(3*s.usual(), time.Second)
+	for try := 0; took > limit; try++ {
+		if try == 4 {
+			return fmt.Errorf("it took at least %v; refusals take %v", took, s.usual())
+		}
+		began := time.Now()
+		_, _ = s.open(t)
+		took = min(took, time.Since(began))
+	}
+	return nil
 }
 
 // usual is the median of how long refusals took so far.
