@@ -178,6 +178,14 @@ func (m *Mapper) Close(ctx context.Context, name string) error {
 	return err
 }
 
+// Resume lets I/O go on to a mapping and its layers, where something left them
+// suspended: whoever asks anything of them waits until then. nil where nothing is
+// suspended, or nothing is open. It reads no header and needs no key.
+func (m *Mapper) Resume(ctx context.Context, name string) error {
+	_, err := m.run(ctx, Request{Op: OpResume, Volume: Volume{Name: name}}, Keys{})
+	return err
+}
+
 // Rekey gives a volume that Constellation made, whose LUKS UUID is from and
 // whose key is old, to the DEK d: a new header of ours, with the UUID that
 // d.Claim names and the same volume key. The volume must not be open.

@@ -35,6 +35,7 @@ const (
 	OpResize   Op = "resize"
 	OpFinish   Op = "finish"
 	OpClose    Op = "close"
+	OpResume   Op = "resume"
 	OpPeek     Op = "peek"
 	OpRekey    Op = "rekey"
 	OpRestore  Op = "restore"

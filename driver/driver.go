@@ -84,6 +84,9 @@ type Config struct {
 	// Driver.Hydrate.
 	Hydration Hydration
 	Hydrating int // how many volumes hydrate at once; 0: 2
+	// Resume, where not nil, lets I/O to a mapping go on that something left
+	// suspended; see Driver.Reconcile.
+	Resume func(ctx context.Context, mapping string) error
 	// Constellation, where not nil, makes this a driver for volumes that
 	// Constellation made, and for no others; Keys is then a client of its
 	// key service, and there is no Creator.

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"path/filepath"
 	"slices"
@@ -125,7 +126,8 @@ func readStates(kubeletDir string) (states []*state, unreadable []error) {
 
 // Reconcile tidies up after a crash; it is called once, at the start, before
 // anything is served. It closes mappings that no state file explains and that
-// nobody uses, and gives back what was staged in another boot: kubelet stages
+// nobody uses, lets the I/O of volumes go on whose mappings were left suspended,
+// and gives back what was staged in another boot: kubelet stages
 // again what it still wants. It returns the orphans that stay: because they are
 // in use, or because a state file that cannot be read may explain them. Its errors
 // are no reason not to serve.
@@ -152,11 +154,26 @@ func (d *Driver) Reconcile(ctx context.Context) ([]MappingInfo, error) {
 			} else {
 				d.log.InfoContext(ctx, "closed an orphan", "mapping", info.Name, "device", info.Backing)
 			}
+		case info.State == StateSuspended && info.Driver == d.name:
+			errs = append(errs, d.resume(ctx, info))
 		case info.State == StateClosed && info.Driver == d.name:
 			errs = append(errs, d.giveBackRebooted(ctx, info.VolumeID))
 		}
 	}
 	return left, errors.Join(errs...)
+}
+
+// resume lets I/O to a volume go on: pods wait for it, and so would whoever
+// unmounts it.
+func (d *Driver) resume(ctx context.Context, info MappingInfo) error {
+	if d.cfg.Resume == nil {
+		return nil
+	}
+	if err := d.cfg.Resume(ctx, info.Name); err != nil {
+		return fmt.Errorf("mapping %s of volume %s is suspended: %w", info.Name, info.VolumeID, err)
+	}
+	d.log.WarnContext(ctx, "resumed a mapping that was left suspended", "volume_id", info.VolumeID, "mapping", info.Name)
+	return nil
 }
 
 // giveBackRebooted tears down a volume that was staged in another boot, if

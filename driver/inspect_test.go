@@ -84,3 +84,28 @@ func TestOrphansBesideAnUnreadableStateFile(t *testing.T) {
 	}
 	m.clean()
 }
+
+// The next process lets the I/O of its own volumes go on that were left suspended.
+func TestReconcileResumes(t *testing.T) {
+	m := newMachine(t).start()
+	m.createDEK(dek.Spec{Cipher: dek.CipherXTS})
+	m.ok("stage", m.stage(blockCap()))
+	m.kernel.Suspend(m.mapping().Name)
+	m.cfg.DriverName = "other.example.com"
+	m.start()
+	if _, err := m.driver.Reconcile(t.Context()); err != nil || !m.mapping().Suspended {
+		t.Errorf("another driver's: %v, %+v", err, m.mapping())
+	}
+	m.cfg.DriverName = ""
+	m.start()
+	if c := m.condition(); !c.GetAbnormal() || !strings.Contains(c.GetMessage(), "suspended") {
+		t.Errorf("the condition is %v", c)
+	}
+	left, err := m.driver.Reconcile(t.Context())
+	if err != nil || len(left) > 0 || m.mapping().Suspended {
+		t.Errorf("Reconcile = %+v, %v: %+v", left, err, m.mapping())
+	}
+	if c := m.condition(); c.GetAbnormal() {
+		t.Errorf("the condition is %v", c)
+	}
+}

@@ -104,6 +104,7 @@ func (m *machine) tryStart() error {
 	cfg.Mounts, cfg.Filesystems, cfg.Devices = host, host, host
 	cfg.Mapper = m.faults.Mapper(drivertest.Mapper{Kernel: m.kernel})
 	cfg.Hydration = m.faults.Hydration(drivertest.Mapper{Kernel: m.kernel})
+	cfg.Resume = drivertest.Mapper{Kernel: m.kernel}.Resume
 	if m.hydration != nil {
 		cfg.Hydration = m.hydration(cfg.Hydration)
 	}

@@ -213,7 +213,7 @@ func newDriver(ctx context.Context, f *nodeFlags, log *slog.Logger, conn *grpc.C
 	d, err := driver.New(ctx, driver.Config{
 		DriverName: f.driverName, NodeName: f.nodeName, KubeletDir: f.kubeletDir,
 		Wrapped: conn, Profile: f.profileGiven(), Keys: keys, Creator: creator, Mapper: m, Constellation: theirs,
-		Hydration: m, Hydrating: f.hydrating, Layout: layout,
+		Hydration: m, Hydrating: f.hydrating, Layout: layout, Resume: m.Resume,
 		Plaintext: plaintext,
 		StageWith: f.stageWith, Integrity: driver.IntegrityPolicy(f.integrity), Spec: dek.Spec{Cipher: dek.CipherXTS},
 		TolerateUngrown: f.tolerateUngrown,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -386,6 +387,7 @@ func TestKernelGrowSuspended(t *testing.T) {
 				"Open":   func() error { _, err := a.Open(t.Context(), a.v, a.d); return err },
 				"Resize": func() error { _, err := a.Resize(t.Context(), a.v, a.d); return err },
 				"Close":  func() error { return a.Close(t.Context(), a.v.Name) },
+				"Resume": func() error { return a.Mapper.Resume(t.Context(), a.v.Name) },
 			} {
 				before := a.half(t, loaded)
 				for suffix := range strings.FieldsSeq(a.layers(t)) {
@@ -398,6 +400,9 @@ func TestKernelGrowSuspended(t *testing.T) {
 				}
 				if err := call(); err != nil {
 					t.Fatalf("%s: %v", name, err)
+				}
+				if list, err := a.List(); err != nil || slices.ContainsFunc(list, func(m cryptmapper.Mapping) bool { return m.Suspended }) {
+					t.Errorf("after %s: %+v, %v", name, list, err)
 				}
 				a.open(t)
 				a.grows(t, before)

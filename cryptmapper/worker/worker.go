@@ -95,6 +95,8 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 	switch o.Op {
 	case cryptmapper.OpClose:
 		return o.close(l)
+	case cryptmapper.OpResume:
+		return resumeAll(o.Volume.Name)
 	case cryptmapper.OpOpen:
 		reply.Mapping, err = o.open(l)
 		reply.HeaderTook = o.headerTook
@@ -118,7 +120,7 @@ func (o *operation) validate() error {
 	if err := cryptmapper.CheckName(o.Volume.Name); err != nil {
 		return err
 	}
-	if o.Op == cryptmapper.OpClose {
+	if o.Op == cryptmapper.OpClose || o.Op == cryptmapper.OpResume {
 		return nil
 	}
 	if err := o.validSpec(); err != nil {

@@ -339,6 +339,24 @@ func (m Mapper) Finish(ctx context.Context, v driver.Volume, d dek.DEK) (driver.
 	})
 }
 
+// Suspend has I/O to a mapping wait.
+func (k *Kernel) Suspend(name string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.tables[name].Suspended = true
+}
+
+// Resume is driver.Config's.
+func (m Mapper) Resume(ctx context.Context, name string) error {
+	k := m.Kernel
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if t := k.tables[name]; t != nil {
+		t.Suspended = false
+	}
+	return ctx.Err()
+}
+
 // Close is driver.Mapper's.
 func (m Mapper) Close(ctx context.Context, name string) error {
 	k := m.Kernel
