@@ -36,8 +36,9 @@ func TestKernelBindsAreReadOnlyAtOnce(t *testing.T) {
 	}
 	defer func() { _ = unix.Unmount(source, 0) }()
 	left := 0
-	for round := range 24 {
-		killWhileBinding(t, dir, time.Duration(round)*37*time.Microsecond)
+	// With several CPUs nearly all of the time is the kernel's for unmounting.
+	for round := 0; round < 24 || left < 3 && round < 2000; round++ {
+		killWhileBinding(t, dir, time.Duration(round%24)*37*time.Microsecond)
 		mounts, err := driver.Linux{}.List()
 		if err != nil {
 			t.Fatal(err)
