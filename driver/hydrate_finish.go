@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/cryptcsi/cryptcsi/dek"
@@ -42,18 +41,25 @@ func (h *hydrator) tryFinish(ctx context.Context, e *hydrating, now time.Time) {
 	})
 }
 
+// errUnstaged is why there was nothing to finish.
+var errUnstaged = errdefs.Errorf(errdefs.ErrNotFound, "the volume is not staged on this node any more")
+
 // finished notes how a finish ended.
 func (h *hydrator) finished(ctx context.Context, e *hydrating, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	e.finishing = false
+	if errors.Is(err, errUnstaged) {
+		delete(h.volumes, e.v.id)
+		return
+	}
 	took := time.Since(e.began)
 	if h.cfg.ObserveFinish != nil && ctx.Err() == nil {
 		h.cfg.ObserveFinish(took, err)
 	}
 	if err == nil {
 		delete(h.volumes, e.v.id)
-		h.tellFinished(e, took)
+		h.tellFinished(e)
 		h.log.InfoContext(ctx, "hydrated", "volume_id", e.v.id, "mapping", e.m.Name, "bytes", e.m.Size, "took", took)
 		return
 	}
@@ -64,10 +70,11 @@ func (h *hydrator) finished(ctx context.Context, e *hydrating, err error) {
 		"volume_id", e.v.id, "mapping", e.m.Name, "again_in", wait, "error", err)
 }
 
-// tellFinished tells that a volume is initialised, unless it was unstaged.
-func (h *hydrator) tellFinished(e *hydrating, took time.Duration) {
+// tellFinished tells that a volume is initialised, to its pods too. Since when it
+// could be used this process may not know.
+func (h *hydrator) tellFinished(e *hydrating) {
 	if st, err := h.load(e.v); err == nil && st != nil {
-		h.tell(e.v, st, false, ReasonInitialised, fmt.Sprintf("all of the volume is initialised, %v after it was ready", took.Round(time.Second)))
+		h.tell(e.v, st, false, ReasonInitialised, "all of the volume is initialised")
 	}
 }
 
@@ -76,10 +83,14 @@ func (h *hydrator) tellFinished(e *hydrating, took time.Duration) {
 // anything is asked over the network: other calls wait for that a little, and are
 // Aborted where it takes longer. Cut anywhere, the same call again finishes it;
 // what was not confirmed when the volume is unstaged is by the next stage.
+// errUnstaged where that was done before there was anything to confirm.
 func (d *Driver) finish(ctx context.Context, v volume) error {
 	st, err := d.load(v)
-	if err != nil || st == nil {
-		return err // unstaged
+	if err != nil {
+		return err
+	}
+	if st == nil {
+		return errUnstaged
 	}
 	key, err := d.cfg.Keys.GetDEK(ctx, st.DEK)
 	if err != nil {
@@ -90,9 +101,6 @@ func (d *Driver) finish(ctx context.Context, v volume) error {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "the key of volume %s is being replaced: it is finished when it is staged the next time", v.id)
 	}
 	m, err := d.finishMapping(ctx, v, st.DEK, key)
-	if errors.Is(err, errdefs.ErrNotFound) {
-		return nil // unstaged meanwhile
-	}
 	if err != nil {
 		return err
 	}
@@ -104,7 +112,7 @@ func (d *Driver) finish(ctx context.Context, v volume) error {
 	return d.noteFinished(v, m.Header)
 }
 
-// finishMapping does the part that changes the mapping. ErrNotFound where the
+// finishMapping does the part that changes the mapping. errUnstaged where the
 // volume is not staged any more.
 func (d *Driver) finishMapping(ctx context.Context, v volume, id dek.ID, key dek.DEK) (Mapping, error) {
 	unlock, err := d.locks.tryOwn(v.id)
@@ -143,7 +151,7 @@ func (d *Driver) stagedState(v volume) (*state, error) {
 		return nil, err
 	}
 	if st == nil || !open || openState(m, st, d.boot) != StateStaged {
-		return nil, errdefs.Errorf(errdefs.ErrNotFound, "volume %s is not staged on this node", v.id)
+		return nil, errUnstaged
 	}
 	dev, err := d.cfg.Devices.Device(v.device())
 	if err != nil {

@@ -397,6 +397,8 @@ func TestUnstageWhileFinishing(t *testing.T) {
 				s := &slow{Keys: m.keys, began: make(chan struct{}), goOn: make(chan struct{}), key: atKey}
 				m.hydration = func(h driver.Hydration) driver.Hydration { s.Hydration = h; return s }
 				m.cfg.Keys = s
+				var results []error
+				m.cfg.ObserveFinish = func(_ time.Duration, err error) { results = append(results, err) }
 				m.start()
 				stop := m.hydrate()
 				<-s.began
@@ -418,6 +420,9 @@ func TestUnstageWhileFinishing(t *testing.T) {
 				}
 				m.clean()
 				stop()
+				if finished := map[bool]int{true: 0, false: 1}[atKey]; len(results) != finished {
+					m.t.Errorf("%d volumes were finished, the attempts ended with %v", finished, results)
+				}
 			})
 		})
 	}
