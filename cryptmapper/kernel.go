@@ -146,6 +146,23 @@ func ReadLower(name string) (Stack, error) {
 	return s, err
 }
 
+// LoadedIntegrity reads the dm-integrity table that Resume would make the active
+// one of a mapping.
+func LoadedIntegrity(name string) (IntegrityTable, error) {
+	table, err := dm.LoadedTable(name)
+	if err != nil {
+		return IntegrityTable{}, err
+	}
+	if len(table) != 1 || table[0].Type != "integrity" {
+		return IntegrityTable{}, errdefs.Errorf(errdefs.ErrState, "mapping %s has no dm-integrity table loaded", name)
+	}
+	t, err := parseIntegrity(table[0])
+	if err != nil {
+		return t, errdefs.Errorf(errdefs.ErrState, "mapping %s: %w", name, err)
+	}
+	return t, nil
+}
+
 func readIntegrity(name string, info dm.Info) (*IntegrityTable, error) {
 	line, err := oneTarget(name, "integrity")
 	if err != nil {

@@ -252,6 +252,18 @@ func Load(name string, table []Target, readOnly bool) error {
 	return nil
 }
 
+// Clear takes a table away again that was loaded and is not active.
+func Clear(name string) error {
+	h, err := header(name)
+	if err != nil {
+		return err
+	}
+	if _, _, err := call(unix.DM_TABLE_CLEAR, h, nil, 0); err != nil {
+		return fmt.Errorf("clearing the loaded table of mapping %s: %w", name, err)
+	}
+	return nil
+}
+
 // encode returns a target as the kernel takes it, padded to eight bytes.
 func encode(t Target) []byte {
 	size := (unix.SizeofDmTargetSpec + len(t.Params) + 1 + 7) &^ 7

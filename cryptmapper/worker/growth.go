@@ -144,8 +144,8 @@ func (o *operation) lengthen(dev *device, h *luks2.Header, sectors int64) error 
 		return err
 	}
 	if s.Integrity.Length < sectors {
-		name := s.Integrity.Info.Name
-		if err := o.reload(name, func() error { return longer(name, name, sectors) }); err != nil {
+		g := *h.Token.Integrity
+		if err := o.reload(s.Integrity.Info.Name, func() error { return longerIntegrity(dev, g, s.Integrity.Info.Name, sectors) }); err != nil {
 			return err
 		}
 	}
@@ -159,6 +159,29 @@ func (o *operation) lengthen(dev *device, h *luks2.Header, sectors int64) error 
 		err = errdefs.Errorf(errdefs.ErrState, "mapping %s was to provide %d sectors and provides %d of %d", s.Integrity.Info.Name, sectors, s.Integrity.Length, s.Integrity.Provided)
 	}
 	return err
+}
+
+// longerIntegrity loads the longer table of the integrity layer, whose geometry is
+// g. The kernel takes that from the superblock again, which a host may have
+// changed since it was opened: with another one it would look for what is live
+// elsewhere, and we would wipe it. So the loaded table is held against g before
+// anything goes through it.
+func longerIntegrity(dev *device, g luks2.Geometry, name string, sectors int64) error {
+	if err := longer(name, name, sectors); err != nil {
+		if changed := checkSuperblock(dev, g); changed != nil {
+			return changed // which says why the kernel does not take the table
+		}
+		return err
+	}
+	t, err := cryptmapper.LoadedIntegrity(name)
+	g.Sectors = sectors
+	if got := geometry(&t); err == nil && got != g {
+		err = errdefs.Errorf(errdefs.ErrState, "the dm-integrity superblock of device %s was changed: it says %+v, the header %+v", dev.number, got, g)
+	}
+	if err != nil {
+		_ = dm.Clear(name)
+	}
+	return unavailable(err)
 }
 
 // lengthenCrypt lets a dm-crypt mapping have so many sectors.

@@ -301,6 +301,7 @@ func TestKernelGrowAttacked(t *testing.T) {
 				t.Run("sectors "+name+", open", func(t *testing.T) { a.sectorsWhileOpen(t, number) })
 				t.Run("sectors "+name+", closed", func(t *testing.T) { a.sectorsWhileClosed(t, number) })
 			}
+			t.Run("superblock changed while open", a.superblockWhileOpen)
 			t.Run("header rolled back", a.headerRolledBack)
 			t.Run("disk cut", a.diskCut) // the last: nothing grows after it
 		})
@@ -331,6 +332,28 @@ func (a *attacked) sectorsWhileClosed(t *testing.T, number func(uint64) uint64) 
 	writeAt(t, a.v.Device, 16*mib, was)
 	if now := a.open(t); now.Size != before.Size {
 		t.Errorf("reopened with %d bytes, had %d", now.Size, before.Size)
+	}
+	a.grows(t, before)
+}
+
+// superblockWhileOpen: the kernel reads the superblock again when it is given the
+// longer table. With another one the volume would be looked for elsewhere.
+func (a *attacked) superblockWhileOpen(t *testing.T) {
+	const noted = 3 // the step of Resize after which the token tells of the growth
+	before := a.half(t, noted)
+	was := readAt(t, a.v.Device, 16*mib, 4096)
+	for what, change := range map[string]struct {
+		at int64
+		to []byte
+	}{
+		"interleaving": {9, []byte{12}}, "journal": {12, []byte{2, 0}}, "no superblock": {0, []byte("x")}, "flags": {24, []byte{8 | 2}},
+	} {
+		writeAt(t, a.v.Device, 16*mib+change.at, change.to)
+		if m, err := a.Resize(t.Context(), a.v, a.d); !errors.Is(err, errdefs.ErrState) || !strings.Contains(err.Error(), "superblock of device") {
+			t.Errorf("%s: Resize = %+v, %v", what, m, err)
+		}
+		a.holds(t, map[int64]string{0: "grows"}) // it is as it was, and can be used
+		writeAt(t, a.v.Device, 16*mib, was)
 	}
 	a.grows(t, before)
 }
