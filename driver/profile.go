@@ -71,6 +71,8 @@ const (
 	ownMkfs       = "the filesystem is made inside the encrypted volume, where the wrapped driver's option has no effect"
 	dataCache     = "the wrapped driver would lay a cache over the device, which the encrypted volume would be written past"
 	ownPartition  = "a volume is encrypted as a whole"
+	networkShare  = "the wrapped driver would serve the volume as a network filesystem"
+	nbd           = "the wrapped driver reattaches nbd devices by kubelet's paths alone, and would not find this one after a restart; use krbd alone"
 )
 
 // profiles are the drivers whose sources were read.
@@ -99,13 +101,18 @@ func profiles() map[string]Profile {
 		"csi.scaleway.com": {Known: true, Refuses: []Setting{{Key: "encrypted", Why: ownEncryption}}},
 		"topolvm.io":       {Known: true, SingleWriter: true},
 		"linstor.csi.linbit.com": {Known: true, CreateAsBlock: true, HandOver: true, DeviceKey: "linstor.csi.linbit.com/device-path",
-			Refuses: mkfs("linstor.csi.linbit.com/fsOpts", "linstor.csi.linbit.com/mountOpts", "linstor.csi.linbit.com/postMountXfsOpts")},
-		"rbd.csi.ceph.com": {Known: true, Refuses: []Setting{{Key: "encrypted", Why: ownEncryption},
-			{Key: "mounter", Value: "rbd-nbd", Why: "the wrapped driver reattaches nbd devices by kubelet's paths alone, and would not find this one after a restart; use krbd"}}},
+			Refuses: append(mkfs("linstor.csi.linbit.com/fsOpts", "linstor.csi.linbit.com/mountOpts", "linstor.csi.linbit.com/postMountXfsOpts",
+				"fsOpts", "mountOpts", "postMountXfsOpts"), // it takes them without the prefix too
+				Setting{Key: "linstor.csi.linbit.com/fs-type", Value: "nfs", Why: networkShare})},
+		"rbd.csi.ceph.com": {Known: true,
+			Refuses: append(mkfs("mkfsOptions"), Setting{Key: "encrypted", Why: ownEncryption},
+				Setting{Key: "mounter", Value: "rbd-nbd", Why: nbd}, Setting{Key: "tryOtherMounters", Why: nbd})},
 		"driver.longhorn.io": {Known: true, OneNode: true, NotReady: errdefs.ErrInvalid, // while the volume is being attached
-			Refuses: []Setting{{Key: "encrypted", Why: ownEncryption}, {Key: "share", Why: "the wrapped driver would serve the volume as a network filesystem"}}},
+			Refuses: append(mkfs("mkfsParams"), Setting{Key: "encrypted", Why: ownEncryption}, Setting{Key: "share", Why: networkShare})},
 		"hostpath.csi.k8s.io": {Known: true, CreateAsBlock: true, NeverGrows: true},
 		"loop.cryptcsi.io":    {Known: true, Expand: ExpandDelegate, HandOver: true, DeviceKey: "devicePath"},
+		// It makes a filesystem on what it is asked to stage, whatever the capability says.
+		"block.csi.vultr.com": {Refused: "it makes a filesystem on the disk of a block volume too"},
 	}
 	for _, name := range []string{"nfs.csi.k8s.io", "smb.csi.k8s.io", "efs.csi.aws.com", "filestore.csi.storage.gke.io",
 		"file.csi.azure.com", "blob.csi.azure.com", "cephfs.csi.ceph.com", "nfs.csi.ceph.com",

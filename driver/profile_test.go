@@ -42,7 +42,9 @@ func settings() [][2]string {
 		{"data-cache-mode", "writeback"}, {"fsType", "xfs"}, {"fsFormatOptions", "-K"}, {"encryption-passphrase", "x"},
 		{"linodebs.csi.linode.com/luks-encrypted", "true"}, {"encrypted", "true"}, {"encrypted", "false"}, {"mounter", "rbd-nbd"},
 		{"mounter", "rbd"}, {"share", "true"}, {"linstor.csi.linbit.com/fsOpts", "-K"}, {"linstor.csi.linbit.com/mountOpts", "discard"},
-		{"linstor.csi.linbit.com/postMountXfsOpts", "extsize 2m"},
+		{"linstor.csi.linbit.com/postMountXfsOpts", "extsize 2m"}, {"FSOpts", "-K"}, {"mountopts", "discard"}, {"PostMountXfsOpts", "extsize 2m"},
+		{"linstor.csi.linbit.com/fs-type", "nfs"}, {"linstor.csi.linbit.com/fs-type", "ext4"}, {"mkfsOptions", "-m0"}, {"mkfsParams", "-b 4096"},
+		{"tryOtherMounters", "true"}, {"tryOtherMounters", "false"},
 	}
 }
 
