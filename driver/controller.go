@@ -201,6 +201,7 @@ func (c controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Val
 	wish, refused := c.readWish(req.GetParameters(), req.GetVolumeCapabilities())
 	if refused == nil {
 		inner.VolumeCapabilities = wish.capabilities
+		refused = c.checkContext(req)
 	}
 	resp, err := call(ctx, c.wrapped, "ValidateVolumeCapabilities", func(ctx context.Context) (*csi.ValidateVolumeCapabilitiesResponse, error) {
 		return c.wrapped.controller.ValidateVolumeCapabilities(ctx, inner)
@@ -219,6 +220,21 @@ func (c controller) ValidateVolumeCapabilities(ctx context.Context, req *csi.Val
 	out.Confirmed.Parameters = req.GetParameters()
 	out.Confirmed.MutableParameters = req.GetMutableParameters()
 	return out, nil
+}
+
+// checkContext refuses to share a volume whose context says that it has
+// integrity: who asks need not give the parameters that it was made with.
+func (c *Controller) checkContext(req *csi.ValidateVolumeCapabilitiesRequest) error {
+	for _, capability := range req.GetVolumeCapabilities() {
+		want, _, err := readCapability(capability)
+		if err != nil {
+			return err
+		}
+		if err := checkSharing(want, dek.Integrity(req.GetVolumeContext()[keyIntegrity]), c.wrapped.profile); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // GetCapacity is what the wrapped driver has, less what encryption takes. Who

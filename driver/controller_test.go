@@ -596,6 +596,12 @@ func TestControllerPassesOn(t *testing.T) {
 	if r := validate(capability(manyWriters, mountCap("ext4"))); r.GetConfirmed() != nil || !strings.Contains(r.GetMessage(), "MULTI_NODE") {
 		t.Errorf("several writers: %v", r)
 	}
+	r, err := p.csi.ValidateVolumeCapabilities(t.Context(), &csi.ValidateVolumeCapabilitiesRequest{ // without its class's parameters
+		VolumeId: v.GetVolumeId(), VolumeCapabilities: []*csi.VolumeCapability{capability(manyWriters, blockCap())}, VolumeContext: v.GetVolumeContext(),
+	})
+	if err != nil || r.GetConfirmed() != nil || !strings.Contains(r.GetMessage(), "journal") {
+		t.Errorf("several nodes with integrity: %v, %v", r, err)
+	}
 	caps, err := p.id.GetPluginCapabilities(t.Context(), &csi.GetPluginCapabilitiesRequest{})
 	p.ok("GetPluginCapabilities", err)
 	if strings.Contains(caps.String(), "GROUP") || !strings.Contains(caps.String(), "CONTROLLER_SERVICE") {
