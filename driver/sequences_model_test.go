@@ -7,7 +7,7 @@ import (
 
 // The model: what the orchestrator knows and what users were promised. It knows
 // CSI and nothing of encryption, but that a copy has to be opened once before
-// it is copied, and that a volume with integrity does not grow.
+// it is copied.
 
 // sure is what is known of something that a call makes or undoes.
 type sure int

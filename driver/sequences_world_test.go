@@ -815,8 +815,6 @@ func (w *world) expand(o op, v *volumeModel) (outcome, error) {
 	switch {
 	case err != nil:
 		return out, err
-	case v.shape.Integrity && !out.faulted && status.Code(out.err) == codes.InvalidArgument:
-		return outcome{refused: true}, nil
 	case out.err != nil:
 		v.resizing = true
 		return out, out.legitimate()
@@ -838,8 +836,6 @@ func (w *world) nodeExpand(o op, v *volumeModel) (outcome, error) {
 	switch {
 	case err != nil:
 		return out, err
-	case v.shape.Integrity && !out.faulted && status.Code(out.err) == codes.InvalidArgument:
-		return outcome{refused: true}, nil
 	case out.err != nil:
 		return out, out.legitimate()
 	}
