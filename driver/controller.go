@@ -28,16 +28,15 @@ type ControllerConfig struct {
 	Logger   *slog.Logger      // nil: no log
 }
 
-// Controller serves CSI's Identity and Controller in front of the wrapped
-// driver's. It makes the record of a volume's DEK before it hands the volume
+// Controller serves CSI's Identity, Controller and GroupController in front of
+// the wrapped driver's. It makes the record of a volume's DEK before it hands the volume
 // out and deletes it after the volume, and it keeps no state: every call is
 // finished by the same call again, whatever died in between. It is safe for
 // concurrent use; two calls that change one volume at a time are refused with
 // ErrConflict. Its methods' errors are of errdefs' classes.
 //
-// Group snapshots and snapshot metadata are not offered: the records of the
-// first are not made yet, and the block numbers of the second would be those of
-// the encrypted device, not of what a pod sees.
+// Snapshot metadata is not offered: its block numbers would be those of the
+// encrypted device, not of what a pod sees.
 type Controller struct {
 	cfg     ControllerConfig
 	log     *slog.Logger
@@ -75,6 +74,7 @@ func (c *Controller) Name() string { return c.name }
 func (c *Controller) Register(s grpc.ServiceRegistrar) {
 	csi.RegisterIdentityServer(s, identity{name: c.name, version: c.cfg.Version, manifest: c.cfg.Manifest, wrapped: c.wrapped})
 	csi.RegisterControllerServer(s, controller{Controller: c})
+	csi.RegisterGroupControllerServer(s, groupController{Controller: c})
 }
 
 // controller is the Controller service.

@@ -29,7 +29,7 @@ func (c controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotR
 		return nil, err
 	}
 	defer unlock()
-	source, spec, err := c.checkSnapshotted(ctx, req)
+	source, spec, err := c.checkSnapshotted(ctx, req.GetSourceVolumeId(), req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -47,10 +47,10 @@ func (c controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotR
 	return out, nil
 }
 
-// checkSnapshotted says what the record of a snapshot has to be. It refuses a
-// source whose key is not certain, before there is a snapshot of it.
-func (c *Controller) checkSnapshotted(ctx context.Context, req *csi.CreateSnapshotRequest) (source dek.ID, spec dek.Spec, err error) {
-	if source, err = dek.VolumeID(c.name, req.GetSourceVolumeId()); err != nil {
+// checkSnapshotted says what the record of a snapshot of that name has to be. It
+// refuses a source whose key is not certain, before there is a snapshot of it.
+func (c *Controller) checkSnapshotted(ctx context.Context, volumeID, name string) (source dek.ID, spec dek.Spec, err error) {
+	if source, err = dek.VolumeID(c.name, volumeID); err != nil {
 		return "", dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "the source volume: %w", err)
 	}
 	d, found, err := c.record(ctx, source, nil)
@@ -64,7 +64,7 @@ func (c *Controller) checkSnapshotted(ctx context.Context, req *csi.CreateSnapsh
 		return "", dek.Spec{}, err
 	}
 	spec = d.Spec
-	spec.Name = req.GetName()
+	spec.Name = name
 	if err := spec.Validate(); err != nil {
 		return "", dek.Spec{}, errdefs.Errorf(errdefs.ErrInvalid, "%w", err)
 	}

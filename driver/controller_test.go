@@ -35,6 +35,7 @@ type plant struct {
 	list    driver.Plaintext
 	keks    []string
 	csi     csi.ControllerClient
+	group   csi.GroupControllerClient
 	id      csi.IdentityClient
 }
 
@@ -62,7 +63,7 @@ func (p *plant) start() *plant {
 		p.t.Fatal(err)
 	}
 	conn := drivertest.Direct(c.Register)
-	p.csi, p.id = csi.NewControllerClient(conn), csi.NewIdentityClient(conn)
+	p.csi, p.group, p.id = csi.NewControllerClient(conn), csi.NewGroupControllerClient(conn), csi.NewIdentityClient(conn)
 	return p
 }
 
@@ -604,7 +605,7 @@ func TestControllerPassesOn(t *testing.T) {
 	}
 	caps, err := p.id.GetPluginCapabilities(t.Context(), &csi.GetPluginCapabilitiesRequest{})
 	p.ok("GetPluginCapabilities", err)
-	if strings.Contains(caps.String(), "GROUP") || !strings.Contains(caps.String(), "CONTROLLER_SERVICE") {
+	if strings.Contains(caps.String(), "METADATA") || !strings.Contains(caps.String(), "GROUP_CONTROLLER_SERVICE") {
 		t.Errorf("capabilities: %v", caps)
 	}
 	_, err = p.csi.ControllerModifyVolume(t.Context(), &csi.ControllerModifyVolumeRequest{VolumeId: v.GetVolumeId(), MutableParameters: map[string]string{"cryptcsi.io/integrity": "none"}})
@@ -659,7 +660,7 @@ func TestRefusalsOfTheKeySideAreNotTheEnd(t *testing.T) {
 		context.DeadlineExceeded, status.Error(codes.ResourceExhausted, "too many calls"), status.Error(codes.Unauthenticated, "who is that"), errors.New("whatever"),
 	}
 	asked := 0
-	for _, tt := range interrupted()[:4] { // what makes something
+	for _, tt := range interrupted()[:5] { // what makes something
 		p := tt.plant(t)
 		p.ok(tt.name, tt.do(p))
 		for n, step := range p.faults.Trace() {
@@ -680,7 +681,7 @@ func TestRefusalsOfTheKeySideAreNotTheEnd(t *testing.T) {
 			}
 		}
 	}
-	if asked < 7*len(refusals) {
+	if asked < 11*len(refusals) {
 		t.Errorf("only %d refusals", asked)
 	}
 }
@@ -738,6 +739,7 @@ func interrupted() []interruption {
 	made := func(state dek.State) func(*plant) {
 		return func(p *plant) { recorded("vol-new", state)(p, nil) }
 	}
+	group, deleteGroup := interruptedGroups()
 	return []interruption{
 		{"create", nothing, create(), recorded("vol-new", ""), made(dek.Prepared)},
 		{"restore", snapshotted, create(of("snap-s", "")), recorded("vol-new", ""), made(dek.Rotating)},
@@ -751,6 +753,7 @@ func interrupted() []interruption {
 				p.t.Error("the snapshot has another key")
 			}
 		}},
+		group,
 		{"delete", source, func(p *plant) error { return p.delete("vol-src") }, func(p *plant, err error) {
 			if slices.Contains(p.wrapped.Volumes(), "vol-src") {
 				p.dek(volumeDEK("vol-src")) // the record never goes first
@@ -768,6 +771,7 @@ func interrupted() []interruption {
 			}
 			p.dek(volumeDEK("vol-src"))
 		}, func(p *plant) { p.gone(snapshotDEK("snap-s")) }},
+		deleteGroup,
 		{"expand", source, func(p *plant) error { _, err := p.expand("vol-src", 128*mib); return err }, func(*plant, error) {}, nothing},
 	}
 }

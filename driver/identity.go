@@ -22,8 +22,8 @@ func (i identity) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*cs
 	return &csi.GetPluginInfoResponse{Name: i.name, VendorVersion: i.version, Manifest: maps.Clone(i.manifest)}, nil
 }
 
-// GetPluginCapabilities answers what the wrapped driver can do, but for the
-// services that are not offered. Node and controller answer the same.
+// GetPluginCapabilities answers what the wrapped driver can do, but for snapshot
+// metadata, which is not offered. Node and controller answer the same.
 func (i identity) GetPluginCapabilities(ctx context.Context, req *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
 	resp, err := call(ctx, i.wrapped, "GetPluginCapabilities", func(ctx context.Context) (*csi.GetPluginCapabilitiesResponse, error) {
 		return i.wrapped.identity.GetPluginCapabilities(ctx, req)
@@ -33,11 +33,7 @@ func (i identity) GetPluginCapabilities(ctx context.Context, req *csi.GetPluginC
 	}
 	out := proto.CloneOf(resp)
 	out.Capabilities = slices.DeleteFunc(out.Capabilities, func(c *csi.PluginCapability) bool {
-		switch c.GetService().GetType() {
-		case csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE, csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE:
-			return true
-		}
-		return false
+		return c.GetService().GetType() == csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE
 	})
 	return out, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -335,7 +336,7 @@ func TestIdentityAndCapabilities(t *testing.T) {
 	}
 	caps, err := id.GetPluginCapabilities(t.Context(), &csi.GetPluginCapabilitiesRequest{})
 	m.ok("GetPluginCapabilities", err)
-	if len(caps.GetCapabilities()) != 2 {
+	if len(caps.GetCapabilities()) != 3 || strings.Contains(caps.String(), "METADATA") {
 		t.Errorf("plugin capabilities %v", caps)
 	}
 	m.faults.Disarm()

@@ -25,6 +25,7 @@ type wrapped struct {
 	identity   csi.IdentityClient
 	node       csi.NodeClient
 	controller csi.ControllerClient
+	group      csi.GroupControllerClient
 }
 
 // callTimeout bounds a call of the wrapped driver whose caller set no bound.
@@ -33,7 +34,7 @@ const callTimeout = 2 * time.Minute
 // newWrapped asks the driver for its name, waiting for it to come up.
 // It has the profile given, or else the one of its name.
 func newWrapped(ctx context.Context, conn grpc.ClientConnInterface, profile *Profile) (*wrapped, error) {
-	w := &wrapped{name: "(not known yet)", identity: csi.NewIdentityClient(conn), node: csi.NewNodeClient(conn), controller: csi.NewControllerClient(conn)}
+	w := &wrapped{name: "(not known yet)", identity: csi.NewIdentityClient(conn), node: csi.NewNodeClient(conn), controller: csi.NewControllerClient(conn), group: csi.NewGroupControllerClient(conn)}
 	info, err := call(ctx, w, "GetPluginInfo", func(ctx context.Context) (*csi.GetPluginInfoResponse, error) {
 		return w.identity.GetPluginInfo(ctx, &csi.GetPluginInfoRequest{}, grpc.WaitForReady(true))
 	})

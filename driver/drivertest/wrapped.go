@@ -22,12 +22,13 @@ import (
 	"github.com/cryptcsi/cryptcsi/errdefs"
 )
 
-// Wrapped is a block CSI driver on a Kernel: Identity, Controller and Node. It
+// Wrapped is a block CSI driver on a Kernel: Identity, Controller, GroupController and Node. It
 // checks that the one in front of it keeps the rules of borrowing, and notes
 // what breaks them as the Kernel's violations. Set the fields before use.
 type Wrapped struct {
 	csi.UnimplementedIdentityServer
 	csi.UnimplementedControllerServer
+	csi.UnimplementedGroupControllerServer
 	csi.UnimplementedNodeServer
 
 	Kernel *Kernel
@@ -46,11 +47,12 @@ type Wrapped struct {
 	Leaves      bool // unstages and leaves them mounted
 
 	// What the controller answers.
-	AnswerVolume   string            // CreateVolume answers with this ID, whatever it made
-	AnswerSnapshot string            // CreateSnapshot likewise
-	AnswerContext  map[string]string // and adds this volume context
-	Rounds         int64             // sizes are multiples of this
-	NotBlock       bool              // confirms no block volume
+	AnswerVolume   string                         // CreateVolume answers with this ID, whatever it made
+	AnswerSnapshot string                         // CreateSnapshot likewise
+	AnswerGroup    func(*csi.VolumeGroupSnapshot) // changes what CreateVolumeGroupSnapshot answers
+	AnswerContext  map[string]string              // and adds this volume context
+	Rounds         int64                          // sizes are multiples of this
+	NotBlock       bool                           // confirms no block volume
 
 	// NodeFault, if set, fails calls of the node.
 	NodeFault func(rpc string) error
@@ -75,8 +77,8 @@ type Disk struct {
 
 // snapshot is one of a Wrapped's.
 type snapshot struct {
-	name, source string
-	size         int64
+	name, source, group string // group: "" where it was cut alone
+	size                int64
 }
 
 // The name of the publish context's entry for the device.
@@ -86,6 +88,7 @@ const deviceKey = "devicePath"
 func (w *Wrapped) Register(s grpc.ServiceRegistrar) {
 	csi.RegisterIdentityServer(s, w)
 	csi.RegisterControllerServer(s, w)
+	csi.RegisterGroupControllerServer(s, w)
 	csi.RegisterNodeServer(s, w)
 }
 
@@ -476,6 +479,7 @@ func (w *Wrapped) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilit
 	return &csi.GetPluginCapabilitiesResponse{Capabilities: []*csi.PluginCapability{
 		{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: csi.PluginCapability_Service_CONTROLLER_SERVICE}}},
 		{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE}}},
+		{Type: &csi.PluginCapability_Service_{Service: &csi.PluginCapability_Service{Type: csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE}}},
 		{Type: &csi.PluginCapability_VolumeExpansion_{VolumeExpansion: &csi.PluginCapability_VolumeExpansion{Type: csi.PluginCapability_VolumeExpansion_ONLINE}}},
 	}}, nil
 }
