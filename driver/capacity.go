@@ -92,9 +92,32 @@ func usableSize(device int64, spec dek.Spec) int64 {
 	return max(0, int64(n)-1) * sectorMax
 }
 
-// deviceRange is the range to ask the wrapped driver for. ErrInvalid where the
-// range makes no sense.
-func deviceRange(r *csi.CapacityRange, spec dek.Spec) (*csi.CapacityRange, error) {
+const gib = int64(1) << 30
+
+// deviceSize is the size to ask the driver for, so that a mapping has size bytes.
+func (p Profile) deviceSize(size int64, spec dek.Spec) int64 {
+	size = deviceSize(size, spec)
+	if p.WholeGiB {
+		size = (size + gib - 1) / gib * gib
+	}
+	return size
+}
+
+// snapshotSize is the size that a volume has to be asked for with, so that it gets
+// a device as large as a snapshot's. Where devices are whole GiB, many sizes lead
+// to the same one. The largest of them that is whole GiB itself is told, if there
+// is any: who made the source with that size can restore it with that size.
+func (p Profile) snapshotSize(device int64, spec dek.Spec) int64 {
+	size := usableSize(device, spec)
+	if whole := size / gib * gib; whole > 0 && p.WholeGiB && p.deviceSize(whole, spec) == device {
+		return whole
+	}
+	return size
+}
+
+// deviceRange is the range to ask the driver for. ErrInvalid where the range makes
+// no sense.
+func (p Profile) deviceRange(r *csi.CapacityRange, spec dek.Spec) (*csi.CapacityRange, error) {
 	if r == nil {
 		return nil, nil
 	}
@@ -103,10 +126,10 @@ func deviceRange(r *csi.CapacityRange, spec dek.Spec) (*csi.CapacityRange, error
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "capacity range from %d to %d bytes makes no sense", required, limit)
 	}
 	if required > 0 {
-		required = deviceSize(required, spec)
+		required = p.deviceSize(required, spec)
 	}
 	if limit > 0 && limit <= maxVolume {
-		limit = deviceSize(limit, spec)
+		limit = p.deviceSize(limit, spec)
 	}
 	return &csi.CapacityRange{RequiredBytes: required, LimitBytes: limit}, nil
 }

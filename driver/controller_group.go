@@ -75,7 +75,7 @@ func (g groupController) CreateVolumeGroupSnapshot(ctx context.Context, req *csi
 		if err := g.recordSnapshot(ctx, s.GetSnapshotId(), of.spec, of.source); err != nil {
 			return nil, err
 		}
-		s.SizeBytes = usableSize(s.GetSizeBytes(), of.spec)
+		s.SizeBytes = g.wrapped.profile.snapshotSize(s.GetSizeBytes(), of.spec)
 	}
 	return out, nil
 }

@@ -43,7 +43,7 @@ func (c controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotR
 		return nil, err
 	}
 	out := proto.CloneOf(resp)
-	out.Snapshot.SizeBytes = usableSize(resp.GetSnapshot().GetSizeBytes(), spec)
+	out.Snapshot.SizeBytes = c.wrapped.profile.snapshotSize(resp.GetSnapshot().GetSizeBytes(), spec)
 	return out, nil
 }
 
@@ -124,7 +124,7 @@ func (c controller) ListSnapshots(ctx context.Context, req *csi.ListSnapshotsReq
 		switch {
 		case s == nil:
 		case req.GetSnapshotId() == "":
-			s.SizeBytes = usableSize(s.GetSizeBytes(), dek.Spec{})
+			s.SizeBytes = c.wrapped.profile.snapshotSize(s.GetSizeBytes(), dek.Spec{})
 		default:
 			if err := c.setSize(ctx, s); err != nil {
 				return nil, err
@@ -151,7 +151,7 @@ func (c *Controller) setSize(ctx context.Context, s *csi.Snapshot) error {
 	id, idErr := dek.SnapshotID(c.name, s.GetSnapshotId())
 	d, found, err := c.record(ctx, id, idErr)
 	if err == nil && found {
-		s.SizeBytes = usableSize(s.GetSizeBytes(), d.Spec)
+		s.SizeBytes = c.wrapped.profile.snapshotSize(s.GetSizeBytes(), d.Spec)
 	}
 	return err
 }

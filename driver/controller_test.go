@@ -316,6 +316,59 @@ func TestSizes(t *testing.T) {
 	}
 }
 
+// Clouds sell whole GiB. Their drivers round up, or down and answer with what they
+// were asked for, and are then surprised by the same call again. A volume has what
+// was asked for all the same, and its snapshot is restored with the size that the
+// volume was asked for with: external-provisioner refuses less than it is told.
+func TestWholeGiB(t *testing.T) {
+	const gib = 1 << 30
+	sized := func(size int64) func(*csi.CreateVolumeRequest) {
+		return func(r *csi.CreateVolumeRequest) { r.CapacityRange = &csi.CapacityRange{RequiredBytes: size} }
+	}
+	for name, set := range map[string]func(*drivertest.Wrapped){
+		"ebs.csi.aws.com":           func(w *drivertest.Wrapped) { w.Rounds = gib },
+		"dobs.csi.digitalocean.com": func(w *drivertest.Wrapped) { w.RoundsDown = true },
+	} {
+		for _, integrity := range []string{"none", "hmac-sha256"} {
+			p := newPlant(t)
+			p.wrapped.Name = name
+			set(p.wrapped)
+			p.start()
+			class := with("cryptcsi.io/integrity", integrity)
+			id := func(volume string) dek.ID { return dek.ID(name + "/" + volume) }
+			has := func(volume string, size int64) {
+				t.Helper()
+				if got := driver.UsableSize(p.wrapped.Volume(volume).Size, p.dek(id(volume)).Spec); got < size {
+					t.Errorf("%s, integrity %s: %s has %d bytes of %d", name, integrity, volume, got, size)
+				}
+			}
+			for i, size := range []int64{gib, 10 * gib, 200 * gib, 10*gib + 300*mib} {
+				v, copied := fmt.Sprint("v", i), fmt.Sprint("copy", i)
+				got := p.mustCreate(request(v, class, sized(size)))
+				if again := p.mustCreate(request(v, class, sized(size))); got.GetCapacityBytes() < size || again.String() != got.String() {
+					t.Errorf("%v, and again %v", got, again)
+				}
+				has("vol-"+v, size)
+				s, err := p.snapshot(v, "vol-"+v)
+				p.ok("CreateSnapshot", err)
+				if s.GetSizeBytes() > size || s.GetSizeBytes() < size-gib {
+					t.Errorf("%s, integrity %s: the snapshot of a volume of %d bytes is restored with %d", name, integrity, size, s.GetSizeBytes())
+				}
+				p.mustCreate(request(copied, class, sized(s.GetSizeBytes()), of(s.GetSnapshotId(), "")))
+				if p.wrapped.Volume("vol-"+copied).Size != p.wrapped.Volume("vol-"+v).Size {
+					t.Errorf("the copy has %d bytes, its source %d", p.wrapped.Volume("vol-"+copied).Size, p.wrapped.Volume("vol-"+v).Size)
+				}
+				e, err := p.expand("vol-"+v, size+gib)
+				p.ok("ControllerExpandVolume", err)
+				if e.GetCapacityBytes() != size+gib {
+					t.Errorf("grew to %d", e.GetCapacityBytes())
+				}
+				has("vol-"+v, size+gib)
+			}
+		}
+	}
+}
+
 // external-provisioner's questions are answered, with what a pod can use. Up to
 // version 4 its capacity controller has a capability that says nothing, from 5
 // on none, and both have the class's parameters as they are written; before it

@@ -35,7 +35,7 @@ func (c controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeReque
 	if err := p.checkSource(ctx); err != nil {
 		return nil, err
 	}
-	if p.inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), p.spec); err != nil {
+	if p.inner.CapacityRange, err = p.wrapped.profile.deviceRange(req.GetCapacityRange(), p.spec); err != nil {
 		return nil, err
 	}
 	resp, err := call(ctx, c.wrapped, "CreateVolume", func(ctx context.Context) (*csi.CreateVolumeResponse, error) {
@@ -242,7 +242,7 @@ func (c controller) ControllerExpandVolume(ctx context.Context, req *csi.Control
 	}
 	inner := proto.CloneOf(req)
 	if found {
-		if inner.CapacityRange, err = deviceRange(req.GetCapacityRange(), d.Spec); err != nil {
+		if inner.CapacityRange, err = c.wrapped.profile.deviceRange(req.GetCapacityRange(), d.Spec); err != nil {
 			return nil, err
 		}
 	}

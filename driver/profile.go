@@ -35,6 +35,9 @@ type Profile struct {
 	Expand ExpandPolicy
 	// NeverGrows: it reports growth that does not happen.
 	NeverGrows bool
+	// WholeGiB: it has devices of whole GiB alone. Some drivers round up to that,
+	// others down, and answer with what they were asked for all the same.
+	WholeGiB bool
 
 	// HandOver: the driver stages the device that its publish context names,
 	// whichever that is, so that it can be given the mapping instead.
@@ -84,19 +87,19 @@ func profiles() map[string]Profile {
 		return all
 	}
 	table := map[string]Profile{
-		"ebs.csi.aws.com": {Known: true, HandOver: true, DeviceKey: "devicePath", Alias: true,
+		"ebs.csi.aws.com": {Known: true, WholeGiB: true, HandOver: true, DeviceKey: "devicePath", Alias: true,
 			Refuses: append(mkfs("blockSize", "inodeSize", "bytesPerInode", "numberOfInodes", "ext4BigAlloc", "ext4ClusterSize", "ext4EncryptionSupport"),
 				Setting{Key: "partition", Why: ownPartition})},
-		"pd.csi.storage.gke.io": {Known: true,
+		"pd.csi.storage.gke.io": {Known: true, WholeGiB: true,
 			Refuses: []Setting{{Key: "data-cache-size", Why: dataCache}, {Key: "data-cache-mode", Why: dataCache}}},
-		"disk.csi.azure.com": {Known: true, Expand: ExpandDelegate, // rescans the device
+		"disk.csi.azure.com": {Known: true, WholeGiB: true, Expand: ExpandDelegate, // rescans the device
 			Refuses: append(mkfs("fsType"), Setting{Key: "partition", Why: ownPartition})},
-		"cinder.csi.openstack.org":  {Known: true, Expand: ExpandSkip},                    // takes the bind mount's source for a device
+		"cinder.csi.openstack.org":  {Known: true, WholeGiB: true, Expand: ExpandSkip},    // takes the bind mount's source for a device
 		"csi.vsphere.vmware.com":    {Known: true, Expand: ExpandDelegate, OneNode: true}, // rescans the device
-		"dobs.csi.digitalocean.com": {Known: true},
+		"dobs.csi.digitalocean.com": {Known: true, WholeGiB: true},                        // rounds down
 		"csi.hetzner.cloud": {Known: true, HandOver: true, DeviceKey: "devicePath",
 			Refuses: append(mkfs("fsFormatOptions"), Setting{Key: "encryption-passphrase", Why: ownEncryption})},
-		"linodebs.csi.linode.com": {Known: true, HandOver: true, DeviceKey: "devicePath",
+		"linodebs.csi.linode.com": {Known: true, WholeGiB: true, HandOver: true, DeviceKey: "devicePath", // rounds down
 			Refuses: []Setting{{Key: "linodebs.csi.linode.com/luks-encrypted", Why: ownEncryption}}},
 		"csi.scaleway.com": {Known: true, Refuses: []Setting{{Key: "encrypted", Why: ownEncryption}}},
 		"topolvm.io":       {Known: true, SingleWriter: true},
@@ -104,7 +107,7 @@ func profiles() map[string]Profile {
 			Refuses: append(mkfs("linstor.csi.linbit.com/fsOpts", "linstor.csi.linbit.com/mountOpts", "linstor.csi.linbit.com/postMountXfsOpts",
 				"fsOpts", "mountOpts", "postMountXfsOpts"), // it takes them without the prefix too
 				Setting{Key: "linstor.csi.linbit.com/fs-type", Value: "nfs", Why: networkShare})},
-		"rbd.csi.ceph.com": {Known: true,
+		"rbd.csi.ceph.com": {Known: true, WholeGiB: true, // but for images of less than one
 			Refuses: append(mkfs("mkfsOptions"), Setting{Key: "encrypted", Why: ownEncryption},
 				Setting{Key: "mounter", Value: "rbd-nbd", Why: nbd}, Setting{Key: "tryOtherMounters", Why: nbd})},
 		"driver.longhorn.io": {Known: true, OneNode: true, NotReady: errdefs.ErrInvalid, // while the volume is being attached

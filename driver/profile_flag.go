@@ -20,6 +20,7 @@ import (
 //	not-ready        says "not yet" with INVALID_ARGUMENT
 //	expand           NodeExpandVolume is best-effort, delegate or skip
 //	never-grows      reports growth that does not happen
+//	whole-gib        has devices of whole GiB alone
 //	hand-over        no, or the entry of the publish context that names the device
 //	alias            takes devices named by letters and digits in /dev only
 //	refuse, allow    a parameter that is refused, or no longer; may be repeated
@@ -51,7 +52,7 @@ func (p *Profile) set(key, value string) error {
 	}
 	flags := map[string]*bool{
 		"known": &p.Known, "create-as-block": &p.CreateAsBlock, "one-node": &p.OneNode,
-		"single-writer": &p.SingleWriter, "never-grows": &p.NeverGrows, "alias": &p.Alias,
+		"single-writer": &p.SingleWriter, "never-grows": &p.NeverGrows, "whole-gib": &p.WholeGiB, "alias": &p.Alias,
 	}
 	if flag := flags[key]; flag != nil {
 		return oneOf(value, map[string]bool{"yes": true, "no": false}, flag)

@@ -54,6 +54,8 @@ func habits(name string, w *drivertest.Wrapped) {
 	switch name {
 	case "csi.hetzner.cloud", "topolvm.io":
 		w.NoStage = true
+	case "dobs.csi.digitalocean.com", "linodebs.csi.linode.com":
+		w.RoundsDown = true
 	case "linstor.csi.linbit.com":
 		w.NoStage, w.Key = true, "linstor.csi.linbit.com/device-path"
 	}
@@ -330,17 +332,17 @@ func TestEveryKnownDriverIsPlayed(t *testing.T) {
 
 // TestParseProfile makes each row of the table by fields alone.
 func TestParseProfile(t *testing.T) {
-	none, yes := driver.Profile{}, driver.Profile{Known: true, CreateAsBlock: true, OneNode: true, SingleWriter: true, NeverGrows: true, Alias: true}
+	none, yes := driver.Profile{}, driver.Profile{Known: true, CreateAsBlock: true, OneNode: true, SingleWriter: true, NeverGrows: true, WholeGiB: true, Alias: true}
 	azure, _ := driver.ProfileOf("disk.csi.azure.com")
 	less := azure
 	less.Refuses, less.OneNode = azure.Refuses[1:], true
 	for text, want := range map[string]driver.Profile{
 		"":                   none,
 		"disk.csi.azure.com": azure,
-		"disk.csi.azure.com,allow=FSTYPE,one-node=yes":                                            less,
-		",known=yes,create-as-block=yes,one-node=yes,single-writer=yes,never-grows=yes,alias=yes": yes,
-		",expand=skip,not-ready=yes":                                                              {Expand: driver.ExpandSkip, NotReady: errdefs.ErrInvalid},
-		",expand=delegate,expand=best-effort,not-ready=yes,not-ready=no,known=yes,known=no":       none,
+		"disk.csi.azure.com,allow=FSTYPE,one-node=yes":                                                          less,
+		",known=yes,create-as-block=yes,one-node=yes,single-writer=yes,never-grows=yes,whole-gib=yes,alias=yes": yes,
+		",expand=skip,not-ready=yes":                                                                            {Expand: driver.ExpandSkip, NotReady: errdefs.ErrInvalid},
+		",expand=delegate,expand=best-effort,not-ready=yes,not-ready=no,known=yes,known=no":                     none,
 		",hand-over=theDevice": {HandOver: true, DeviceKey: "theDevice"},
 		"csi.hetzner.cloud,hand-over=no,known=no,allow=fsFormatOptions,allow=encryption-passphrase": none,
 	} {

@@ -52,6 +52,7 @@ type Wrapped struct {
 	AnswerGroup    func(*csi.VolumeGroupSnapshot) // changes what CreateVolumeGroupSnapshot answers
 	AnswerContext  map[string]string              // and adds this volume context
 	Rounds         int64                          // sizes are multiples of this
+	RoundsDown     bool                           // sizes to whole GiB, and answers with what was asked for
 	NotBlock       bool                           // confirms no block volume
 
 	// NodeFault, if set, fails calls of the node.
@@ -534,6 +535,7 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	if w.Rounds > 0 {
 		size = (size + w.Rounds - 1) / w.Rounds * w.Rounds
 	}
+	size, asked := w.roundDown(size), size
 	least, err := w.sourceSize(req.GetVolumeContentSource())
 	if err != nil {
 		return nil, err
@@ -543,7 +545,7 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	}
 	id := w.idOf(req.GetName())
 	d, ok := w.volumes[id]
-	if ok && d.Size != size {
+	if ok && d.Size != size || ok && w.RoundsDown && d.Size != asked {
 		return nil, errdefs.Errorf(errdefs.ErrExists, "volume %s has another size", id)
 	}
 	if !ok {
@@ -554,7 +556,15 @@ func (w *Wrapped) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest
 	if w.AnswerVolume != "" {
 		id = w.AnswerVolume
 	}
-	return &csi.CreateVolumeResponse{Volume: &csi.Volume{VolumeId: id, CapacityBytes: d.Size, VolumeContext: answer, ContentSource: req.GetVolumeContentSource()}}, nil
+	return &csi.CreateVolumeResponse{Volume: &csi.Volume{VolumeId: id, CapacityBytes: asked, VolumeContext: answer, ContentSource: req.GetVolumeContentSource()}}, nil
+}
+
+// roundDown is how large a device is made that is to have size bytes.
+func (w *Wrapped) roundDown(size int64) int64 {
+	if w.RoundsDown {
+		return size >> 30 << 30
+	}
+	return size
 }
 
 // idOf is the ID of the volume of that name, or the one that it gets: no two
@@ -748,8 +758,8 @@ func (w *Wrapped) ControllerExpandVolume(_ context.Context, req *csi.ControllerE
 	if size == 0 {
 		return nil, errdefs.Errorf(errdefs.ErrInvalid, "no capacity range")
 	}
-	w.grow(d, size)
-	return &csi.ControllerExpandVolumeResponse{CapacityBytes: d.Size, NodeExpansionRequired: true}, nil
+	w.grow(d, w.roundDown(size))
+	return &csi.ControllerExpandVolumeResponse{CapacityBytes: max(d.Size, size), NodeExpansionRequired: true}, nil
 }
 
 // Grow enlarges a volume as the cloud does.
