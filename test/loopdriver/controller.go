@@ -72,17 +72,18 @@ func (d *Driver) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 	if err != nil {
 		return nil, err
 	}
-	bytes, err := d.pickSize(req.GetCapacityRange(), sourceBytes)
+	asked, err := d.pickSize(req.GetCapacityRange(), sourceBytes)
 	if err != nil {
 		return nil, err
 	}
-	v := volume{ID: newID("vol"), Name: req.GetName(), Bytes: bytes, Source: sourceID}
+	v := volume{ID: newID("vol"), Name: req.GetName(), Source: sourceID}
+	v.Bytes = d.roundDown(v, asked)
 	v.MountOnly = d.cfg.FixedType && req.GetVolumeCapabilities()[0].GetMount() != nil
 	v.Context = map[string]string{"backend": "sparse-file"}
 	if note, ok := req.GetParameters()[noteParameter]; ok {
 		v.Context[noteParameter] = note
 	}
-	if err := makeImage(ctx, d.BackingFile(v.ID), sourceFile, bytes); err != nil {
+	if err := makeImage(ctx, d.BackingFile(v.ID), sourceFile, v.Bytes); err != nil {
 		return nil, err
 	}
 	if err := d.formatEarly(ctx, v, req); err != nil {
@@ -93,7 +94,17 @@ func (d *Driver) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 		os.Remove(d.BackingFile(v.ID))
 		return nil, err
 	}
-	return &csi.CreateVolumeResponse{Volume: d.answer(v, req.GetVolumeContentSource())}, nil
+	answer := d.answer(v, req.GetVolumeContentSource())
+	answer.CapacityBytes = asked
+	return &csi.CreateVolumeResponse{Volume: answer}, nil
+}
+
+// roundDown is what a volume gets of the bytes that it is to have.
+func (d *Driver) roundDown(v volume, bytes int64) int64 {
+	if d.faults.on(faultRoundDown, v) {
+		return max(1, bytes>>30) << 30
+	}
+	return bytes
 }
 
 // formatEarly makes the filesystem of a new volume, where that fault is on.
@@ -407,10 +418,11 @@ func (d *Driver) ControllerExpandVolume(_ context.Context, req *csi.ControllerEx
 	if err != nil {
 		return nil, err
 	}
-	v.Bytes, err = d.pickSize(req.GetCapacityRange(), v.Bytes)
+	asked, err := d.pickSize(req.GetCapacityRange(), v.Bytes)
 	if err != nil {
 		return nil, err
 	}
+	v.Bytes = d.roundDown(v, asked)
 	if err := d.store.putVolume(v); err != nil {
 		return nil, err
 	}
@@ -423,7 +435,7 @@ func (d *Driver) ControllerExpandVolume(_ context.Context, req *csi.ControllerEx
 		}
 	}
 	return &csi.ControllerExpandVolumeResponse{
-		CapacityBytes:         v.Bytes,
+		CapacityBytes:         asked,
 		NodeExpansionRequired: d.nodeExpansion(req.GetVolumeCapability()),
 	}, nil
 }

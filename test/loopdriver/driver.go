@@ -110,6 +110,8 @@ type Config struct {
 	//	forgetful                   NOT_FOUND where there is nothing to unpublish or unstage
 	//	format-early[:VOLUME]       CreateVolume makes the filesystem
 	//	short-name[:VOLUME]         stage only devices named by letters and digits in /dev
+	//	round-down[:VOLUME]         have whole GiB, at least one, and answer with what was
+	//	                            asked for; a volume that is not that large is ALREADY_EXISTS
 	//
 	// With #n only the n-th call since the fault was set is hit, else every
 	// call. CODE is a gRPC code such as UNAVAILABLE. The file faults.json in

@@ -38,6 +38,7 @@ const (
 	faultForgetful   = "forgetful"
 	faultFormatEarly = "format-early"
 	faultShortName   = "short-name"
+	faultRoundDown   = "round-down"
 )
 
 // fault is one parsed fault and how often its RPC was called.
@@ -61,7 +62,7 @@ func parseFault(text string) (*fault, error) {
 	f := &fault{text: text, kind: kind, arg: arg}
 	switch kind {
 	case faultStale, faultBlank, faultStack, faultNoGrow, faultIgnoreBlock,
-		faultLateGrowth, faultPickyExpand, faultOneMount, faultForgetful, faultFormatEarly, faultShortName:
+		faultLateGrowth, faultPickyExpand, faultOneMount, faultForgetful, faultFormatEarly, faultShortName, faultRoundDown:
 		if hasValue || hasArg && arg == "" {
 			return bad("want %s or %s:VOLUME", kind, kind)
 		}

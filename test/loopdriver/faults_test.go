@@ -2,6 +2,7 @@ package loopdriver_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,7 +22,7 @@ func TestFaultSyntax(t *testing.T) {
 		"error:CreateVolume=UNAVAILABLE", "error:CreateVolume#1=OUT_OF_RANGE", "error-after:NodePublishVolume#12=INTERNAL",
 		"stale-device", "stale-device:pvc-1", "blank-device", "blank-device:vol-0123456789",
 		"stack-publish", "no-grow", "ignore-block:x",
-		"late-growth", "picky-expand", "one-mount", "forgetful", "format-early", "short-name:pvc-1",
+		"late-growth", "picky-expand", "one-mount", "forgetful", "format-early", "short-name:pvc-1", "round-down",
 	} {
 		if err := r.SetFaults(good); err != nil {
 			t.Errorf("SetFaults(%q): %v", good, err)
@@ -49,6 +50,36 @@ func TestFaultSyntax(t *testing.T) {
 	_, err := loopdriver.New(loopdriver.Config{DataDir: t.TempDir(), NodeID: node, Faults: []string{"nonsense"}})
 	if err == nil {
 		t.Error("New with a bad fault succeeded")
+	}
+}
+
+func TestFaultRoundDown(t *testing.T) {
+	r := start(t, loopdriver.Config{Faults: []string{"round-down"}})
+	const gib = 1 << 30
+	bytes := func(id string) int64 {
+		v, err := r.ControllerGetVolume(t.Context(), &csi.ControllerGetVolumeRequest{VolumeId: id})
+		must(t, "ControllerGetVolume", err)
+		return v.GetVolume().GetCapacityBytes()
+	}
+	for _, tt := range []struct{ asked, has int64 }{{mib, gib}, {gib, gib}, {2*gib + mib, 2 * gib}} {
+		req := createRequest(fmt.Sprint(tt.asked), tt.asked)
+		got, err := r.CreateVolume(t.Context(), req)
+		must(t, "CreateVolume", err)
+		if has := bytes(got.GetVolume().GetVolumeId()); got.GetVolume().GetCapacityBytes() != tt.asked || has != tt.has {
+			t.Errorf("asked for %d: says %d, has %d", tt.asked, got.GetVolume().GetCapacityBytes(), has)
+		}
+		_, err = r.CreateVolume(t.Context(), req)
+		want := codes.OK
+		if tt.asked > tt.has {
+			want = codes.AlreadyExists
+		}
+		wantCode(t, "the same again", err, want)
+	}
+	id := r.create(t, "grows", gib)
+	got, err := r.ControllerExpandVolume(t.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: 3*gib + 1}})
+	must(t, "ControllerExpandVolume", err)
+	if has := bytes(id); got.GetCapacityBytes() != 3*gib+mib || has != 3*gib {
+		t.Errorf("grew to %d, says %d", has, got.GetCapacityBytes())
 	}
 }
 

@@ -43,6 +43,7 @@ only the n-th call is hit.
   forgetful                     NOT_FOUND where nothing is published or staged
   format-early[:VOLUME]         CreateVolume makes the filesystem
   short-name[:VOLUME]           stage /dev/NAME only, of letters and digits
+  round-down[:VOLUME]           have whole GiB and answer with what was asked for
 
 Flags:
 `
