@@ -7,7 +7,8 @@
 #   packages  Debian packages: compiler, libcryptsetup, mkfs programs, the
 #             user-mode-linux kernel that tests run on where the machine's own
 #             kernel has no device-mapper
-#   go        a Go toolchain under .cache/go, where `go` is missing or too old
+#   go        a Go toolchain under .cache/go, where `go` is missing or too old, and
+#             the modules that the programs and their tests are built from
 #   qemu      QEMU, and the distribution's kernel unpacked under .cache/kernel
 #             (it is not installed on the machine)
 #   peers     the servers that tests of KMS and stores talk to: Debian packages,
@@ -212,6 +213,24 @@ install_go() {
 	trap 'rm -rf "$work"' EXIT
 	quietly "Go $go_version in .cache/go" fetch_go "$work"
 	go_works || fail "the Go in .cache/go does not run; remove it and try again"
+}
+
+# install_modules fetches what go would fetch in the middle of a build, where nothing
+# tries it again.
+install_modules() {
+	local stamp
+	stamp=$(cat "$root/go.sum" "$root/test/gcepd/go.sum" | sha256sum)
+	[ "$(cat "$cache/modules" 2>/dev/null)" = "$stamp" ] && return
+	mkdir -p "$cache"
+	quietly "Go modules" fetch_modules
+	printf '%s\n' "$stamp" >"$cache/modules"
+}
+
+fetch_modules() {
+	local dir
+	for dir in "$root" "$root/test/gcepd"; do
+		env -C "$dir" go list -deps -test ./... >/dev/null
+	done
 }
 
 # fetch_kernel unpacks the newest kernel that linux-image-amd64 stands for.
@@ -461,7 +480,10 @@ install_previous() {
 for group; do
 	case $group in
 	packages) debian "${packages[@]}" ;;
-	go) install_go ;;
+	go)
+		install_go
+		install_modules
+		;;
 	qemu) install_qemu ;;
 	peers) install_peers ;;
 	peers=*) install_peers "${group#peers=}" ;;
