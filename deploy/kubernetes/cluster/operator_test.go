@@ -56,3 +56,27 @@ func TestUnseal(t *testing.T) {
 		t.Errorf("unseal: %v, %s", err, out)
 	}
 }
+
+// TestCopiedSecrets: what the vendor's controller has of credentials comes to ours by the
+// commands of docs/install.md, and a second time when it is another.
+func TestCopiedSecrets(t *testing.T) {
+	o := operator{start(t), t.TempDir()}
+	openstack := documentedIn(t, "install.md", "## OpenStack, and on the machine itself", 1)[0]
+	google := documentedIn(t, "install.md", "## In the driver's place", 2)[1]
+	o.does(t, "kubectl create namespace gce-pd-csi-driver")
+	for i, content := range []string{"first", "second"} {
+		for from, name := range map[string]string{"kube-system": "cloud-config", "gce-pd-csi-driver": "cloud-sa"} {
+			o.does(t, "kubectl -n "+from+" create secret generic "+name+" --from-literal=file="+content+" --dry-run=client -o yaml | kubectl apply -f -")
+		}
+		if i > 0 {
+			openstack = strings.Replace(openstack, "kubectl create namespace cryptcsi\n", "", 1)
+		}
+		o.does(t, openstack)
+		o.does(t, google)
+		for _, name := range []string{"cloud-config", "cloud-sa"} {
+			if got := o.secret(t, name, t.TempDir())["file"]; string(got) != content {
+				t.Errorf("ours is %q, want the %s", got, content)
+			}
+		}
+	}
+}

@@ -16,11 +16,16 @@ import (
 // documented returns the commands of a section of docs/operations.md, block by block.
 func documented(t *testing.T, section string, blocks int) []string {
 	t.Helper()
-	text, err := os.ReadFile("../../../docs/operations.md")
-	must(t, "operations.md", err)
+	return documentedIn(t, "operations.md", section, blocks)
+}
+
+func documentedIn(t *testing.T, document, section string, blocks int) []string {
+	t.Helper()
+	text, err := os.ReadFile("../../../docs/" + document)
+	must(t, document, err)
 	_, rest, ok := strings.Cut(string(text), "\n"+section+"\n")
 	if !ok {
-		t.Fatalf("docs/operations.md has no section %s", section)
+		t.Fatalf("docs/%s has no section %s", document, section)
 	}
 	level, _, _ := strings.Cut(section, " ")
 	rest, _, _ = strings.Cut(rest, "\n"+level+" ")
