@@ -165,9 +165,10 @@ func (c *CloneTable) parts(name, params string) error {
 
 // parse reads a status, "<metadata block size> <used>/<total blocks> <region
 // size> <hydrated>/<total regions> <hydrating now> <n> <feature>… <n> <core
-// argument>… <mode>". One that has failed says "Fail" and nothing else.
+// argument>… <mode>". One that has failed says "Fail" and nothing else, one that
+// cannot read its metadata "Error".
 func (c *CloneTable) parse(status string) error {
-	if status == "Fail" {
+	if status == "Fail" || status == "Error" {
 		return nil
 	}
 	var block, used, total, now int64

@@ -276,7 +276,7 @@ func (s Stack) Mapping() Mapping {
 		Suspended:   s.Top.Suspended || s.Lower.Suspended,
 	}
 	if c := s.Clone; c != nil {
-		m.Hydrated, m.Regions, m.Hydrating = c.Hydrated, c.Regions, c.Hydrating
+		m.Hydrated, m.Regions, m.Hydrating, m.Failed = c.Hydrated, c.Regions, c.Hydrating, !c.Sound
 		m.Suspended = m.Suspended || c.Info.Suspended
 	}
 	if s.Integrity != nil {

@@ -52,6 +52,10 @@ type Mapping struct {
 	// is nothing to hydrate.
 	Hydrated, Regions uint64
 	Hydrating         bool // it goes on by itself, see Hydrate
+	// Failed: dm-clone could not write its metadata and has given up, perhaps so
+	// that it does not even say how far it came. What was not hydrated gives I/O
+	// errors until the volume is closed and opened.
+	Failed bool
 
 	// Known from the checked header: set by Open, MarkMade, Resize and Finish only.
 	Made   bool

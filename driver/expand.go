@@ -73,6 +73,9 @@ func (d *Driver) usage(path string) ([]*csi.VolumeUsage, error) {
 	return usage, nil
 }
 
+// failedText is about a volume that hydrates no more.
+const failedText = "the disk failed while sectors that were never written were being initialised; reading and writing them is an I/O error until the volume is unstaged and staged again, with the disk in order"
+
 // condition says in words how a mapping is.
 func condition(m Mapping, damage Damage) *csi.VolumeCondition {
 	switch {
@@ -80,6 +83,8 @@ func condition(m Mapping, damage Damage) *csi.VolumeCondition {
 		return &csi.VolumeCondition{Abnormal: true, Message: "the disk fails, or was changed by somebody else: " + damage.String() + "; reading them is an I/O error; restore what is on them from a backup"}
 	case m.Suspended:
 		return &csi.VolumeCondition{Abnormal: true, Message: "the mapping is suspended, and whoever reads or writes it waits: it is being changed, or that was interrupted and restarting csi-plugin on the node resumes it"}
+	case m.Failed:
+		return &csi.VolumeCondition{Abnormal: true, Message: failedText}
 	case m.Regions > 0:
 		return &csi.VolumeCondition{Message: "in order; sectors that were never written are being initialised in the background: " + m.Progress()}
 	}

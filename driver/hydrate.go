@@ -53,6 +53,7 @@ type HydrationStatus struct {
 	Running   int   // volumes that are written in the background just now
 	Paused    int   // volumes that make way for their pods, or for other volumes
 	Finishing int   // volumes that are written in full, and not yet finished
+	Failed    int   // volumes whose disk failed, see Mapping
 	Remaining int64 // bytes not written yet, of all of them
 	Written   int64 // bytes written since the process started
 }
@@ -119,7 +120,7 @@ func (d *Driver) Hydrate(ctx context.Context) {
 		case <-timer.C:
 			if time.Since(looked) >= progressPeriod {
 				looked = time.Now()
-				err = h.look()
+				err = h.look(ctx)
 			}
 		}
 		if err != nil {
@@ -162,7 +163,7 @@ func (h *hydrator) scan(ctx context.Context) error {
 		}
 		found[v.id] = true
 		if known := h.volumes[v.id]; known != nil && known.m.Number == info.Number {
-			h.progress(known, info.Mapping)
+			h.progress(ctx, known, info.Mapping)
 			continue
 		}
 		now := time.Now()
@@ -178,7 +179,7 @@ func (h *hydrator) scan(ctx context.Context) error {
 }
 
 // look updates the progress of the volumes that are known.
-func (h *hydrator) look() error {
+func (h *hydrator) look(ctx context.Context) error {
 	all, err := h.cfg.Hydration.List()
 	if err != nil {
 		return err
@@ -189,7 +190,7 @@ func (h *hydrator) look() error {
 		i := slices.IndexFunc(all, func(m Mapping) bool { return m.Number == e.m.Number && m.Name == e.m.Name })
 		switch {
 		case i >= 0:
-			h.progress(e, all[i])
+			h.progress(ctx, e, all[i])
 		case !e.finishing: // unstaged
 			delete(h.volumes, id)
 		}
@@ -197,7 +198,17 @@ func (h *hydrator) look() error {
 	return nil
 }
 
-func (h *hydrator) progress(e *hydrating, m Mapping) {
+// progress notes how far a volume is now. One that failed may not say it: it
+// stays where it was, and is left alone until it is staged again.
+func (h *hydrator) progress(ctx context.Context, e *hydrating, m Mapping) {
+	if m.Failed {
+		if !e.m.Failed {
+			h.log.ErrorContext(ctx, "a volume does not hydrate any more: "+failedText, "volume_id", e.v.id, "mapping", m.Name)
+			h.tellFailed(e)
+		}
+		e.m.Failed, e.on = true, false
+		return
+	}
 	if m.Regions == e.m.Regions && m.Hydrated > e.m.Hydrated {
 		h.written += left(e.m) - left(m)
 	}
@@ -219,11 +230,13 @@ func (h *hydrator) round(ctx context.Context, now time.Time) time.Duration {
 	defer h.mu.Unlock()
 	var pending []*hydrating
 	for _, e := range h.volumes {
-		if e.full() {
+		switch {
+		case e.m.Failed:
+		case e.full():
 			h.tryFinish(ctx, e, now)
-			continue
+		default:
+			pending = append(pending, e)
 		}
-		pending = append(pending, e)
 	}
 	switch running := h.pace(ctx, pending, now); {
 	case running > 0:
@@ -322,6 +335,8 @@ func (d *Driver) HydrationStatus() HydrationStatus {
 	for _, e := range h.volumes {
 		s.Remaining += left(e.m)
 		switch {
+		case e.m.Failed:
+			s.Failed++
 		case e.full():
 			s.Finishing++
 		case e.on:

@@ -78,6 +78,13 @@ func (h *hydrator) tellFinished(e *hydrating) {
 	}
 }
 
+// tellFailed tells that a volume cannot be initialised, to its pods too.
+func (h *hydrator) tellFailed(e *hydrating) {
+	if st, err := h.load(e.v); err == nil && st != nil {
+		h.tell(e.v, st, true, ReasonDamaged, failedText)
+	}
+}
+
 // finish makes a volume that is hydrated an ordinary one, and confirms that.
 // The volume's lock is held for the work on the mapping alone, not while
 // anything is asked over the network: other calls wait for that a little, and are

@@ -471,3 +471,36 @@ func TestFaultsInFinish(t *testing.T) {
 		})
 	}
 }
+
+// A volume whose disk failed while it hydrated says so, and is not taken for one
+// that is hydrated. Staged again it goes on.
+func TestHydrationFails(t *testing.T) {
+	events, attempts := &told{}, 0
+	prepare := func(m *machine) {
+		m.cfg.Events = events
+		m.cfg.ObserveFinish = func(time.Duration, error) { attempts++ }
+	}
+	timed(t, prepare, func(m *machine) {
+		events.reasons()
+		defer m.hydrate()()
+		time.Sleep(hydratesIn / 2)
+		m.kernel.Fail(m.mapping().Name)
+		time.Sleep(time.Hour)
+		if s := m.driver.HydrationStatus(); attempts > 0 || s.Failed != 1 || s.Remaining == 0 || s.Running+s.Paused+s.Finishing != 0 {
+			m.t.Errorf("%d attempts to finish it, %+v", attempts, s)
+		}
+		if c := m.condition(); !c.GetAbnormal() || !strings.Contains(c.GetMessage(), "the disk failed") {
+			m.t.Errorf("the condition is %v", c)
+		}
+		if got := events.reasons(); !slices.Equal(got, []string{driver.ReasonDamaged}) {
+			m.t.Errorf("the events are %v", got)
+		}
+		m.ok("unstage", m.unstage())
+		m.ok("stage", m.stage(blockCap()))
+		time.Sleep(hydratesIn)
+		m.isFinished()
+		if c := m.condition(); c.GetAbnormal() {
+			m.t.Errorf("the condition is %v", c)
+		}
+	})
+}

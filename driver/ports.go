@@ -82,15 +82,22 @@ type Mapping struct {
 	// there is nothing to hydrate.
 	Hydrated, Regions uint64
 	Hydrating         bool // it goes on by itself
+	// Failed: that came to an end by a fault of the device, and perhaps nobody
+	// knows how far it is. What was not hydrated gives I/O errors until the volume
+	// is closed and opened.
+	Failed bool
 
 	// Known from the checked header, so set by Open, MarkMade and Resize only.
 	Made   bool         // the filesystem (or the raw volume) was finished once
 	Header dek.HeaderID // which header, its sequence number, and while Rotating the fingerprint of the key that it opens with
 }
 
-// Progress says in words how far a volume is hydrated; "" where there is
-// nothing to hydrate.
+// Progress says in words how far a volume is hydrated, or that it failed; ""
+// where there is nothing to hydrate.
 func (m Mapping) Progress() string {
+	if m.Failed {
+		return "failed"
+	}
 	if m.Regions == 0 {
 		return ""
 	}

@@ -83,9 +83,10 @@ func (m *measured) watchHydration(status func() driver.HydrationStatus) {
 		"running":   func(s driver.HydrationStatus) int { return s.Running },
 		"paused":    func(s driver.HydrationStatus) int { return s.Paused },
 		"finishing": func(s driver.HydrationStatus) int { return s.Finishing },
+		"failed":    func(s driver.HydrationStatus) int { return s.Failed },
 	} {
 		m.Add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "cryptcsi_hydrating_volumes",
-			Help: "Volumes that are not yet written in full: written in the background, paused for their pods or for other volumes, or to be finished.", ConstLabels: prometheus.Labels{"state": state}},
+			Help: "Volumes that are not yet written in full: written in the background, paused for their pods or for other volumes, to be finished, or failed with their disk.", ConstLabels: prometheus.Labels{"state": state}},
 			func() float64 { return float64(count(status())) }))
 	}
 	m.Gauge("cryptcsi_hydration_remaining_bytes", "Bytes of all volumes on this node that are not written yet.",

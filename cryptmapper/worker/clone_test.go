@@ -377,6 +377,56 @@ func TestKernelCloneDiscard(t *testing.T) {
 	refused(m)
 }
 
+// A disk that fails while the volume hydrates takes dm-clone with it. That shows,
+// the volume can be closed, and opened again it goes on where it was.
+func TestKernelCloneDiskFails(t *testing.T) {
+	f := newCloned(t, 64*mib)
+	kernel.Need(t, "exec:dmsetup")
+	const below = "test-below"
+	whole := "0 " + strconv.Itoa(64*mib/512)
+	table := func(target string) {
+		t.Helper()
+		run(t, nil, "dmsetup", "load", below, "--table", whole+target)
+		run(t, nil, "dmsetup", "suspend", "--noflush", "--nolockfs", below)
+		run(t, nil, "dmsetup", "resume", below)
+	}
+	good := " linear " + f.v.Device + " 0"
+	run(t, nil, "dmsetup", "create", below, "--table", whole+good)
+	defer func() { run(t, nil, "dmsetup", "remove", below) }()
+	f.v.Device = dm.Path(below)
+	m := f.made(t, "kept")
+	if m.Failed {
+		t.Errorf("at first: %+v", m)
+	}
+	file, err := os.OpenFile(m.Path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	table(" error")
+	// The first writes get no further than the memory of dm-integrity's journal,
+	// so that dm-clone has something to write into its metadata.
+	_, _ = file.WriteAt(noise(mib), 8*mib)
+	for deadline := time.Now().Add(time.Minute); !f.listed(t).Failed; time.Sleep(20 * time.Millisecond) {
+		_ = file.Sync()
+		if time.Now().After(deadline) {
+			t.Fatalf("with a disk that failed: %+v", f.listed(t))
+		}
+	}
+	if now := f.listed(t); now.Size != m.Size || now.Backing != m.Backing || now.Hydrating {
+		t.Errorf("with a disk that failed: %+v", now)
+	}
+	file.Close()
+	f.close(t)
+	table(good)
+	if m = f.open(t); m.Failed || m.Regions == 0 || string(readAt(t, m.Path, 0, 4)) != "kept" {
+		t.Errorf("opened again: %+v", m)
+	}
+	readAt(t, m.Path, 0, int(m.Size))
+	f.settled(t)
+	f.close(t)
+}
+
 func TestKernelCloneReadOnly(t *testing.T) {
 	f := newCloned(t, 64*mib)
 	f.made(t, "fixed")

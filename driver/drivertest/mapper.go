@@ -339,6 +339,14 @@ func (m Mapper) Finish(ctx context.Context, v driver.Volume, d dek.DEK) (driver.
 	})
 }
 
+// Fail has a mapping hydrate no more, nor say how far it came.
+func (k *Kernel) Fail(name string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	t := k.tables[name]
+	t.Failed, t.Hydrated, t.Regions, t.Hydrating = true, 0, 0, false
+}
+
 // Suspend has I/O to a mapping wait.
 func (k *Kernel) Suspend(name string) {
 	k.mu.Lock()
