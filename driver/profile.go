@@ -97,7 +97,7 @@ func profiles() map[string]Profile {
 		"cinder.csi.openstack.org":  {Known: true, WholeGiB: true, Expand: ExpandSkip},    // takes the bind mount's source for a device
 		"csi.vsphere.vmware.com":    {Known: true, Expand: ExpandDelegate, OneNode: true}, // rescans the device
 		"dobs.csi.digitalocean.com": {Known: true, WholeGiB: true},                        // rounds down
-		"csi.hetzner.cloud": {Known: true, HandOver: true, DeviceKey: "devicePath",
+		"csi.hetzner.cloud": {Known: true, WholeGiB: true, HandOver: true, DeviceKey: "devicePath",
 			Refuses: append(mkfs("fsFormatOptions"), Setting{Key: "encryption-passphrase", Why: ownEncryption})},
 		"linodebs.csi.linode.com": {Known: true, WholeGiB: true, HandOver: true, DeviceKey: "devicePath", // rounds down
 			Refuses: []Setting{{Key: "linodebs.csi.linode.com/luks-encrypted", Why: ownEncryption}}},
