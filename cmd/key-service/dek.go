@@ -250,59 +250,6 @@ func (p *progress) end() error {
 	return nil
 }
 
-// prune destroys what the grace of deleted DEKs has kept, and forgets IDs.
-func prune(ctx context.Context, c *command) error {
-	forget := c.String("forget", "", "remove the tombstone of this DEK ID: the ID can then get a new key")
-	yes := c.Bool("yes", false, "do it; without, only show what would be done")
-	k, done, err := c.keyring(ctx, 0, 0)
-	if err != nil {
-		return err
-	}
-	defer done()
-	if *forget != "" {
-		if !*yes {
-			fmt.Fprintf(c.stdout, "would be forgotten: %s\n", *forget)
-			return nil
-		}
-		if err := k.Forget(ctx, dek.ID(*forget)); err != nil {
-			return err
-		}
-		fmt.Fprintf(c.stdout, "forgotten %s\n", *forget)
-		return nil
-	}
-	return c.pruneAll(ctx, k, *yes)
-}
-
-// pruneAll also looks at tombstones without a key: of those an earlier version
-// may be left that could not be erased before.
-func (c *command) pruneAll(ctx context.Context, k *envelope.Keyring, yes bool) error {
-	due := 0
-	var failed []error
-	err := each(ctx, k, func(i envelope.Info) error {
-		if i.Err != nil || i.State != dek.Deleted || time.Now().Before(i.Expires) {
-			return nil
-		}
-		kept := len(i.Wraps) > 0
-		if kept {
-			due++
-		}
-		if !yes {
-			if kept {
-				fmt.Fprintf(c.stdout, "would be destroyed: the key of %s, deleted, its grace ended %s\n", i.ID, moment(i.Expires))
-			}
-			return nil
-		}
-		if _, err := k.Prune(ctx, i.ID); err != nil {
-			failed = append(failed, err)
-		} else if kept {
-			fmt.Fprintf(c.stdout, "destroyed %s\n", i.ID)
-		}
-		return nil
-	})
-	fmt.Fprintf(c.stdout, "%d deleted keys are past their grace\n", due)
-	return errors.Join(append(failed, err)...)
-}
-
 // keyIDs are those that a record refers to.
 func keyIDs(i envelope.Info) []string {
 	var ids []string

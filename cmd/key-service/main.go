@@ -59,7 +59,7 @@ const usage = `key-service keeps the keys of encrypted volumes.
   key-service dek restore ID     take a deletion back, within --delete-grace
   key-service dek release ID     let another node format what a dead one has claimed
   key-service rewrap [ID...]     wrap keys under the KEK's current version
-  key-service prune              destroy what deleted volumes' grace has kept
+  key-service prune              destroy what deleted volumes' grace has kept, and keys of volumes that are gone
 
   key-service version            print version, commit, and the KMS and stores that this build knows
   key-service <verb> --help      list the flags of a verb

@@ -130,6 +130,34 @@ func TestLifeOfKeys(t *testing.T) {
 	must(t, with(last, "prune", "--forget", "d/one", "--yes"), "forgotten d/one")
 	must(t, with(last, "dek create", "d/one"), "d/one: prepared")
 
+	// A volume of which there is no PersistentVolume any more.
+	must(t, with(last, "dek create", "snap:d/two"), "snap:d/two: prepared")
+	must(t, with(last, "dek create", "other/one"), "other/one: prepared")
+	there := write(t, `{"kind": "List", "items": [{"kind": "PersistentVolume", "spec": {"csi": {"driver": "d", "volumeHandle": "one"}}},
+		{"kind": "PersistentVolume", "spec": {"hostPath": {"path": "/x"}}}]}`)
+	gone := []string{"--volumes", there, "--driver-name", "d"}
+	must(t, append(with(last, "prune"), gone...), "0 of 2 volumes of d are gone") // they are young
+	old := append(gone, "--older-than", "0s")
+	if out := must(t, append(with(last, "prune"), old...), `would be deleted: d/two \(prepared, made 2`, "1 of 2 volumes of d are gone"); strings.Contains(out, "snap:") || strings.Contains(out, "other") {
+		t.Errorf("too much is gone:\n%s", out)
+	}
+	must(t, append(with(grace, "prune", "--yes"), old...), "deleted +d/two")
+	must(t, with(last, "dek restore", "d/two"), "restored +d/two")
+	for content, says := range map[string]string{
+		`{"kind": "List", "items": []}`: "right cluster", `{"kind": "PodList"}`: "PodList", "": "kubectl get pv",
+	} {
+		mustFail(t, with(last, "prune", "--yes", "--driver-name", "d", "--older-than", "0s", "--volumes", write(t, content)), says)
+	}
+	for _, args := range [][]string{{"--volumes", there}, {"--driver-name", "d"}, append(gone, "--forget", "d/one")} {
+		if code, out := keyService(t, append(with(last, "prune"), args...)...); code != 2 {
+			t.Errorf("%v: exit code %d:\n%s", args, code, out)
+		}
+	}
+	must(t, with(last, "dek list"), "d/one +prepared", "d/two +prepared", "snap:d/two +prepared", "other/one +prepared")
+	for _, id := range []string{"snap:d/two", "other/one"} {
+		must(t, with(last, "dek delete", "--yes", id))
+	}
+
 	// Something in the store that is no record is told and harms nothing else.
 	object := filepath.Join(dir, "dek-"+strings.Repeat("0", 64))
 	if err := os.WriteFile(object, []byte("{}"), 0o600); err != nil {
