@@ -344,7 +344,7 @@ func TestParseProfile(t *testing.T) {
 		",expand=skip,not-ready=yes":                                                                            {Expand: driver.ExpandSkip, NotReady: errdefs.ErrInvalid},
 		",expand=delegate,expand=best-effort,not-ready=yes,not-ready=no,known=yes,known=no":                     none,
 		",hand-over=theDevice": {HandOver: true, DeviceKey: "theDevice"},
-		"csi.hetzner.cloud,hand-over=no,known=no,allow=fsFormatOptions,allow=encryption-passphrase": none,
+		"csi.hetzner.cloud,hand-over=no,known=no,whole-gib=no,allow=fsFormatOptions,allow=encryption-passphrase": none,
 	} {
 		got, err := driver.ParseProfile(text)
 		if diff := cmp.Diff(want, got, cmpopts.EquateErrors(), cmpopts.EquateEmpty()); err != nil || diff != "" {
