@@ -181,6 +181,7 @@ func (r *tornRekey) finished(area []byte) {
 	if err := os.WriteFile(path, slices.Concat(area, make([]byte, 16<<20)), 0o600); err != nil {
 		r.Fatal(err)
 	}
+	defer func() { _ = os.Remove(path) }() // those of all cuts would take a gigabyte
 	for _, k := range []struct {
 		key   secret.Bytes
 		opens bool
