@@ -158,7 +158,7 @@ func (h *hydrator) scan(ctx context.Context) error {
 	for _, info := range all {
 		v, err := h.volume(info.VolumeID)
 		ours := err == nil && info.Driver == h.name && (info.State == StateStaged || info.State == StateSuspended)
-		if !ours || info.Regions == 0 && !info.Finishing {
+		if !ours || info.Regions == 0 && !info.Finishing && !info.Failed {
 			continue
 		}
 		found[v.id] = true
@@ -167,7 +167,13 @@ func (h *hydrator) scan(ctx context.Context) error {
 			continue
 		}
 		now := time.Now()
-		h.volumes[v.id] = &hydrating{v: v, m: info.Mapping, began: now, on: info.Hydrating, onAt: now, offAt: now, burstAgain: now.Add(pauseAfter(hydrationBurst))}
+		e := &hydrating{v: v, m: info.Mapping, began: now, on: info.Hydrating, onAt: now, offAt: now, burstAgain: now.Add(pauseAfter(hydrationBurst))}
+		h.volumes[v.id] = e
+		if info.Failed {
+			e.m.Failed = false // which is said
+			h.progress(ctx, e, info.Mapping)
+			continue
+		}
 		h.log.InfoContext(ctx, "hydrating", "volume_id", v.id, "mapping", info.Name, "hydrated", info.Hydrated, "regions", info.Regions)
 	}
 	for id, e := range h.volumes {

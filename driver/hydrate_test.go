@@ -482,7 +482,7 @@ func TestHydrationFails(t *testing.T) {
 	}
 	timed(t, prepare, func(m *machine) {
 		events.reasons()
-		defer m.hydrate()()
+		stop := m.hydrate()
 		time.Sleep(hydratesIn / 2)
 		m.kernel.Fail(m.mapping().Name)
 		time.Sleep(time.Hour)
@@ -494,6 +494,13 @@ func TestHydrationFails(t *testing.T) {
 		}
 		if got := events.reasons(); !slices.Equal(got, []string{driver.ReasonDamaged}) {
 			m.t.Errorf("the events are %v", got)
+		}
+		stop()
+		m.start() // the next process sees it too
+		defer m.hydrate()()
+		time.Sleep(time.Minute)
+		if s, got := m.driver.HydrationStatus(), events.reasons(); attempts > 0 || s != (driver.HydrationStatus{Failed: 1}) || len(got) != 1 {
+			m.t.Errorf("after a restart: %d attempts to finish it, %+v, %v", attempts, s, got)
 		}
 		m.ok("unstage", m.unstage())
 		m.ok("stage", m.stage(blockCap()))
