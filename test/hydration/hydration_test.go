@@ -41,8 +41,7 @@ func TestKernelLostFlush(t *testing.T) {
 			c := need(t)
 			for seed := uint64(1); seed <= 5; seed++ {
 				err := loses(t, c, seed, tt.kind, tt.lose)
-				var wrong *wrongError
-				if errors.As(err, &wrong) {
+				if _, ok := errors.AsType[*wrongError](err); ok {
 					return
 				}
 				if err != nil {
