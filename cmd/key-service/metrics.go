@@ -1,11 +1,9 @@
 package main
 
 import (
-	"context"
 	"crypto/tls"
 	"fmt"
 	"math"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -32,7 +30,7 @@ func newMeasured() *measured {
 }
 
 // watch adds what is read when it is asked for.
-func (m *measured) watch(s *keyservice.Server, count func(context.Context) (int64, error)) {
+func (m *measured) watch(s *keyservice.Server, records func() int64) {
 	m.Gauge("cryptcsi_sealed", "1 while the service has no KMS and store.", func() float64 {
 		if s.Sealed() {
 			return 1
@@ -41,12 +39,7 @@ func (m *measured) watch(s *keyservice.Server, count func(context.Context) (int6
 	})
 	m.Gauge("cryptcsi_calls_running", "Calls that are worked on.", func() float64 { n, _ := s.Load(); return float64(n) })
 	m.Gauge("cryptcsi_calls_waiting", "Calls that wait for their turn.", func() float64 { _, n := s.Load(); return float64(n) })
-	m.Gauge("cryptcsi_records", "DEKs in the store, counted every 5 minutes at most; -1 while that is not known.", func() float64 {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		n, _ := count(ctx)
-		return float64(n)
-	})
+	m.Gauge("cryptcsi_records", "DEKs in the store, counted every 5 minutes at most; -1 while that is not known.", func() float64 { return float64(records()) })
 }
 
 // watchCertificate adds when the certificate ends that a client is shown now.

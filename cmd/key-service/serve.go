@@ -276,7 +276,7 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	s.metrics.watch(keys, s.served.count)
+	s.metrics.watch(keys, s.served.lastCount)
 	s.metrics.watchCertificate(s.tls)
 	if f.cacheFor > 0 {
 		s.metrics.watchCache(s.served.cacheStats)
@@ -291,6 +291,7 @@ func (s *service) run(ctx context.Context, cfg keyservice.Config) error {
 		g.Go(func() error { s.served.keepAlive(ctx, s.log); return nil })
 	}
 	if f.metricsAddress != "" {
+		g.Go(func() error { s.served.keepCounted(ctx); return nil })
 		g.Go(func() error {
 			return s.metrics.Serve(ctx, f.metricsAddress, func(context.Context) error { return s.ready(keys) })
 		})

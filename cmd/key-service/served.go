@@ -22,8 +22,12 @@ import (
 // selfCheck is the DEK of no volume that tells a right KEK from a wrong one.
 const selfCheck dek.ID = "check.cryptcsi.io/self-check"
 
-// countFor is how long the number of records is remembered.
-const countFor = 5 * time.Minute
+const (
+	// countFor is how old the number of records may be.
+	countFor = 5 * time.Minute
+	// countWithin bounds counting: each record is read, and there may be very many.
+	countWithin = 30 * time.Minute
+)
 
 // holder has what is served: from the start, or from the unsealing on.
 type holder struct {
@@ -36,9 +40,12 @@ type holder struct {
 	cacheFor  time.Duration // as envelope.Options has them
 	cacheSize int
 
-	counted time.Time
+	counted time.Time // for status
 	records int64
 	countOK error
+
+	shown int64 // for metrics
+	known bool
 }
 
 // derived is a Keyring that also derives keys, for Constellation.
@@ -96,8 +103,8 @@ func (h *holder) cacheStats() envelope.CacheStats {
 	return envelope.CacheStats{}
 }
 
-// keepAlive labels the KEK as in use, once there is one.
-func (h *holder) keepAlive(ctx context.Context, log *slog.Logger) {
+// unsealed waits until something is served. False where ctx ends before.
+func (h *holder) unsealed(ctx context.Context) bool {
 	h.mu.Lock()
 	if h.ready == nil {
 		h.ready = make(chan struct{})
@@ -106,10 +113,49 @@ func (h *holder) keepAlive(ctx context.Context, log *slog.Logger) {
 	h.mu.Unlock()
 	select {
 	case <-ready:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// keepAlive labels the KEK as in use, once there is one.
+func (h *holder) keepAlive(ctx context.Context, log *slog.Logger) {
+	if h.unsealed(ctx) {
 		_, keks := h.opened()
 		keyconfig.KeepAlive(ctx, keks, log)
-	case <-ctx.Done():
 	}
+}
+
+// keepCounted counts the records from time to time until ctx ends, once there are any.
+// Who looks at metrics does not wait for that: it takes as long as the store is large or
+// slow, and nothing at all would be seen meanwhile.
+func (h *holder) keepCounted(ctx context.Context) {
+	for h.unsealed(ctx) && ctx.Err() == nil {
+		keyring, _ := h.opened()
+		within, cancel := context.WithTimeout(ctx, countWithin)
+		n, err := countAll(within, keyring)
+		cancel()
+		if ctx.Err() == nil {
+			h.mu.Lock()
+			h.shown, h.known = n, err == nil
+			h.mu.Unlock()
+		}
+		select {
+		case <-time.After(countFor):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// lastCount is what keepCounted has counted last; -1 while that is not known.
+func (h *holder) lastCount() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.known {
+		return -1
+	}
+	return h.shown
 }
 
 // status asks every KEK and counts the records.
@@ -148,13 +194,7 @@ func (h *holder) count(ctx context.Context) (int64, error) {
 		return h.records, h.countOK
 	}
 	h.mu.Unlock()
-	var n int64
-	err := each(ctx, keyring, func(i envelope.Info) error {
-		if i.Err != nil || i.State != dek.Deleted {
-			n++
-		}
-		return nil
-	})
+	n, err := countAll(ctx, keyring)
 	if err != nil {
 		n = -1
 	}
@@ -163,6 +203,17 @@ func (h *holder) count(ctx context.Context) (int64, error) {
 	if ctx.Err() == nil { // else it says more about the caller than about the store
 		h.counted, h.records, h.countOK = time.Now(), n, err
 	}
+	return n, err
+}
+
+// countAll reads every record.
+func countAll(ctx context.Context, keyring *envelope.Keyring) (n int64, err error) {
+	err = each(ctx, keyring, func(i envelope.Info) error {
+		if i.Err != nil || i.State != dek.Deleted {
+			n++
+		}
+		return nil
+	})
 	return n, err
 }
 
