@@ -45,7 +45,9 @@ func (p *plant) noted() noting {
 }
 
 // ours is a context or parameters of ours and of the driver's.
-func ours() map[string]string { return map[string]string{"cryptcsi.io/integrity": "hmac-sha256", "theirs": "x"} }
+func ours() map[string]string {
+	return map[string]string{"cryptcsi.io/integrity": "hmac-sha256", "theirs": "x"}
+}
 
 func onlyTheirs(t *testing.T, what string, got map[string]string) {
 	t.Helper()
@@ -155,5 +157,34 @@ func TestLayoutOfCopies(t *testing.T) {
 	p.mustCreate(request("copy", of("", "vol-wiped"), integrity))
 	if got := p.dek(volumeDEK("vol-copy")).Spec; got.Layout != "" || got.Integrity != dek.IntegrityHMAC {
 		t.Errorf("the copy's record: %+v", got)
+	}
+}
+
+// What the wrapped driver's node is shown of a filesystem that it makes, or of a
+// volume that is its own.
+func TestWhatTheWrappedNodeIsShown(t *testing.T) {
+	note := func(m *machine) noting {
+		n := noting{drivertest.Direct(m.wrapped.Register), map[string]proto.Message{}, map[string]proto.Message{}}
+		m.cfg.Wrapped = n
+		m.start()
+		return n
+	}
+	m := newMachine(t)
+	m.createDEK(dek.Spec{Cipher: dek.CipherXTS, Integrity: dek.IntegrityHMAC})
+	m.cfg.StageWith = driver.StageWithWrapped
+	n := note(m)
+	m.ok("stage", m.stage(mountCap("ext4-integrity")))
+	if got := n.asked["NodeStageVolume"].(*csi.NodeStageVolumeRequest).GetVolumeCapability().GetMount().GetFsType(); got != "ext4" {
+		t.Errorf("the wrapped driver is to make %q", got)
+	}
+	m.ok("unstage", m.unstage())
+
+	m = listed(t)
+	m.wrapped.NoStage = true
+	n = note(m)
+	m.ok("stage", m.passStage(mountCap("ext4")))
+	m.ok("publish", m.passPublish(mountCap("ext4"), "a"))
+	if got := n.asked["NodePublishVolume"].(*csi.NodePublishVolumeRequest).GetStagingTargetPath(); got != "" {
+		t.Errorf("a driver that does not stage is shown the staging path %s", got)
 	}
 }
