@@ -56,6 +56,9 @@ type Mapping struct {
 	// that it does not even say how far it came. What was not hydrated gives I/O
 	// errors until the volume is closed and opened.
 	Failed bool
+	// Unfinished comes with an error of Open: a new volume is not initialised yet,
+	// ctx's deadline came first, and the next call goes on from there.
+	Unfinished bool
 
 	// Known from the checked header: set by Open, MarkMade, Resize and Finish only.
 	Made   bool

@@ -143,9 +143,10 @@ type Driver struct {
 	wrapped *wrapped
 	locks   locks
 	// writeState runs every change of a state file.
-	writeState func(func() error) error
-	hydrator   *hydrator // nil without Config.Hydration
-	teller     *teller
+	writeState  func(func() error) error
+	hydrator    *hydrator // nil without Config.Hydration
+	teller      *teller
+	initialiser *initialiser
 }
 
 // driverName is what the CSI specification allows; it is a file name too.
@@ -179,7 +180,7 @@ func New(ctx context.Context, cfg Config) (*Driver, error) {
 		cfg: cfg, log: cfg.Logger, name: name, boot: boot, wrapped: w,
 		base:       privateDir(realDir(cfg.KubeletDir), name),
 		writeState: func(do func() error) error { return do() },
-		teller:     &teller{},
+		teller:     &teller{}, initialiser: &initialiser{},
 	}
 	if cfg.Hydration != nil {
 		d.hydrator = newHydrator(d)

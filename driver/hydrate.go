@@ -103,6 +103,7 @@ func (d *Driver) Hydrate(ctx context.Context) {
 	if d.cfg.Hydration == nil {
 		return
 	}
+	defer d.initialiser.stopAll()
 	h := d.hydrator
 	h.wake()
 	timer := time.NewTimer(0)

@@ -86,6 +86,9 @@ type Mapping struct {
 	// knows how far it is. What was not hydrated gives I/O errors until the volume
 	// is closed and opened.
 	Failed bool
+	// Unfinished comes with an error of Open: a new volume is not initialised yet,
+	// ctx's deadline came first, and the next call goes on from there.
+	Unfinished bool
 
 	// Known from the checked header, so set by Open, MarkMade and Resize only.
 	Made   bool         // the filesystem (or the raw volume) was finished once
@@ -120,7 +123,8 @@ type Mapper interface {
 	// existing mapping of that name is returned if it is this header on this
 	// device, else ErrState. While Made is false the first and last MiB of
 	// the mapping read as zeros right after Open. ErrUnavailable with a
-	// percentage while a new volume is still initialised: call again.
+	// percentage, and Unfinished, where ctx's deadline is too early for a new
+	// volume to be initialised: call again.
 	// A ReadOnly volume is never formatted: ErrState.
 	//
 	// Where d is Rotating, a header that verifies under d.Previous counts too,

@@ -182,6 +182,9 @@ func checkSharing(want intent, integrity dek.Integrity, p Profile) error {
 // everything is undone: kubelet may never call NodeUnstageVolume then. Where
 // another try may succeed, what is there stays for it.
 func (s *staging) stage(ctx context.Context) error {
+	if err := s.initialiser.said(s.v, s.want); err != nil {
+		return err
+	}
 	if done, err := s.staged(); done || err != nil {
 		return err
 	}
@@ -434,7 +437,7 @@ func (s *staging) open(ctx context.Context) error {
 	} else if now.Number != s.dev.Number || now.Seq != s.dev.Seq || now.Size != s.dev.Size {
 		return errdefs.Errorf(errdefs.ErrUnavailable, "the device of volume %s is changing (was %s with %d bytes, is %s with %d): try again", s.v.id, s.dev.Number, s.dev.Size, now.Number, now.Size)
 	}
-	m, err := s.cfg.Mapper.Open(ctx, s.mapped(), s.key)
+	m, err := s.openNew(ctx)
 	if err != nil {
 		return err
 	}

@@ -133,6 +133,9 @@ func (o *operation) initialise(l *lock, dev *device, h *luks2.Header) (*luks2.He
 	return h, err
 }
 
+// errUnfinished ends what was given up because of a deadline.
+var errUnfinished = errors.New("the next try goes on from there")
+
 // inPieces does something to the bytes from done to size: in pieces that are
 // small enough at first for the slowest device to finish one within a deadline,
 // and larger as long as they are quick.
@@ -145,7 +148,7 @@ func (o *operation) inPieces(done, size int64, doing string, piece func(from, to
 		done = to
 		took := time.Since(began)
 		if done < size && !o.Deadline.IsZero() && time.Until(o.Deadline) < 3*took+time.Second {
-			return errdefs.Errorf(errdefs.ErrUnavailable, "%s, %d %% done; the next try goes on from there", doing, 100*done/size)
+			return errdefs.Errorf(errdefs.ErrUnavailable, "%s, %d %% done; %w", doing, 100*done/size, errUnfinished)
 		}
 		if took < 2*time.Second {
 			chunk *= 2

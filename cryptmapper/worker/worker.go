@@ -99,6 +99,7 @@ func (o *operation) run(reply *cryptmapper.Reply) (err error) {
 		return resumeAll(o.Volume.Name)
 	case cryptmapper.OpOpen:
 		reply.Mapping, err = o.open(l)
+		reply.Mapping.Unfinished = errors.Is(err, errUnfinished)
 		reply.HeaderTook = o.headerTook
 	case cryptmapper.OpMarkMade:
 		reply.Mapping, err = o.markMade(l)
