@@ -105,7 +105,7 @@ e2e: build ## a real Kubernetes with the plugin as deploy/kubernetes installs it
 
 .PHONY: e2e-short
 e2e-short: build ## the same in a few minutes, as .ci/run has it
-	@test/install.sh e2e
+	@test/install.sh e2e e2e-storage
 	@bin/e2e -short -only='$(ONLY)'
 
 .PHONY: e2e-full

@@ -65,7 +65,7 @@ func (t *tester) scenarios(ctx context.Context, s *story) {
 			s.thorough(fmt.Sprintf("a pod with %d volumes", many), func() (string, error) { return t.manyVolumes(ctx) })
 		},
 		func() {
-			s.thorough(suiteText+", a selection", func() (string, error) { return t.selected(ctx) })
+			s.scenario(suiteText+", a selection", func() (string, error) { return t.selected(ctx) })
 		},
 	)
 	beside(
