@@ -3,6 +3,8 @@ package driver
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -125,9 +127,9 @@ func (i *initialiser) run(ctx context.Context, d *Driver, v volume, mapped Volum
 }
 
 // stop ends what is done to the volume, and waits for that, which is short.
-func (i *initialiser) stop(v volume) {
+func (i *initialiser) stop(id string) {
 	i.mu.Lock()
-	job := i.volumes[v.id]
+	job := i.volumes[id]
 	i.mu.Unlock()
 	if job != nil {
 		job.cancel()
@@ -138,13 +140,9 @@ func (i *initialiser) stop(v volume) {
 // stopAll ends all that is done.
 func (i *initialiser) stopAll() {
 	i.mu.Lock()
-	var all []*initialising
-	for _, job := range i.volumes {
-		all = append(all, job)
-	}
+	all := slices.Collect(maps.Keys(i.volumes))
 	i.mu.Unlock()
-	for _, job := range all {
-		job.cancel()
-		<-job.ended
+	for _, id := range all {
+		i.stop(id)
 	}
 }

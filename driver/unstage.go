@@ -17,7 +17,7 @@ import (
 // ErrUnavailable while a pod uses the volume. staging is the caller's path,
 // which need not be the one in the state file.
 func (d *Driver) teardown(ctx context.Context, v volume, staging string) error {
-	d.initialiser.stop(v)
+	d.initialiser.stop(v.id)
 	st, err := d.load(v)
 	if err != nil {
 		return err

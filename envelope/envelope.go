@@ -413,18 +413,34 @@ func (k *Keyring) change(ctx context.Context, id dek.ID, edit func(r *record, ma
 		if r.State == dek.Deleted {
 			return errdefs.Errorf(errdefs.ErrState, "it %s", r.deletion())
 		}
-		main, err := k.open(ctx, r)
-		if err != nil {
-			return err
-		}
-		defer main.key.Wipe()
-		changed, err := edit(r, main)
-		if err != nil || !changed {
-			return err
-		}
-		r.Updated = k.stamp(k.now())
-		return k.replace(ctx, r, main.key, at)
+		return k.edit(ctx, r, at, edit)
 	})
+}
+
+// edit applies edit to a record that was loaded. Of a tombstone with a key that is
+// the record that it keeps, and it stays a tombstone, deleted when it was.
+func (k *Keyring) edit(ctx context.Context, stored *record, at place, edit func(r *record, main opened) (bool, error)) error {
+	r := stored
+	if stored.State == dek.Deleted {
+		r = stored.former()
+	}
+	main, err := k.open(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer main.key.Wipe()
+	changed, err := edit(r, main)
+	if err != nil || !changed {
+		return err
+	}
+	r.Updated = k.stamp(k.now())
+	if stored.State == dek.Deleted {
+		if r.MAC, err = r.mac(main.key); err != nil {
+			return err
+		}
+		r = r.tombstone(stored.Updated, stored.Expires)
+	}
+	return k.replace(ctx, r, main.key, at)
 }
 
 // place is where a record was read, and which version of it.

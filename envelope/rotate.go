@@ -113,30 +113,16 @@ func (k *Keyring) rewrap(ctx context.Context, id dek.ID, always bool) error {
 		if err != nil {
 			return err
 		}
-		r := stored
 		if stored.State == dek.Deleted {
 			if err := k.restorable(stored); err != nil {
 				return err
 			}
-			r = stored.former()
 		}
-		main, err := k.open(ctx, r)
-		if err != nil {
-			return err
-		}
-		defer main.key.Wipe()
-		changed, err := k.wrapAnew(ctx, r, main, always)
-		if err != nil || !changed && (k.auth == nil || stored.Auth != nil) {
-			return err
-		}
-		r.Updated = k.stamp(k.now())
-		if stored.State == dek.Deleted {
-			if r.MAC, err = r.mac(main.key); err != nil {
-				return err
-			}
-			r = r.tombstone(stored.Updated, stored.Expires)
-		}
-		return k.replace(ctx, r, main.key, at)
+		due := k.auth != nil && stored.Auth == nil
+		return k.edit(ctx, stored, at, func(r *record, main opened) (bool, error) {
+			changed, err := k.wrapAnew(ctx, r, main, always)
+			return changed || due, err
+		})
 	})
 }
 
