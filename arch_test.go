@@ -297,19 +297,26 @@ func TestFolderNames(t *testing.T) {
 // TestTracked: git keeps what people write, and no program that was built by the
 // way: each clone would carry it for ever.
 func TestTracked(t *testing.T) {
-	if _, err := os.Stat(".git"); err != nil {
-		t.Skipf("not a clone: %v", err)
-	}
-	out, err := exec.CommandContext(t.Context(), "git", "ls-files", "-z").Output()
-	if err != nil {
-		t.Fatalf("git ls-files: %v", err)
-	}
 	const most = 1 << 20
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+	for _, name := range tracked(t) {
 		if info, err := os.Lstat(name); err == nil && info.Size() > most {
 			t.Errorf("%s has %d bytes, and no file needs more than %d: is it something that was built?", name, info.Size(), most)
 		}
 	}
+}
+
+// tracked are the files that git keeps, of those patterns if there are any. Where
+// this is no clone the test is skipped.
+func tracked(t *testing.T, patterns ...string) []string {
+	t.Helper()
+	if _, err := os.Stat(".git"); err != nil {
+		t.Skipf("not a clone: %v", err)
+	}
+	out, err := exec.CommandContext(t.Context(), "git", append([]string{"ls-files", "-z"}, patterns...)...).Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	return strings.Split(strings.TrimSuffix(string(out), "\x00"), "\x00")
 }
 
 // TestPackages looks into the files of every package: one package comment, no

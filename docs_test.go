@@ -2,7 +2,6 @@ package cryptcsi_test
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -13,10 +12,7 @@ import (
 // TestDocuments: links lead to files and headings that there are, and commands and
 // tests that a document names exist.
 func TestDocuments(t *testing.T) {
-	out, err := exec.CommandContext(t.Context(), "git", "ls-files", "*.md").Output()
-	if err != nil {
-		t.Skipf("not a clone: %v", err)
-	}
+	pages := tracked(t, "*.md")
 	makefile, err := os.ReadFile("Makefile")
 	if err != nil {
 		t.Fatal(err)
@@ -27,7 +23,7 @@ func TestDocuments(t *testing.T) {
 		tests = append(tests, firsts(`(?m)^func ((?:Test|Fuzz)\w+)\(`, file)...)
 	}
 	documents := map[string]string{}
-	for name := range strings.FieldsSeq(string(out)) {
+	for _, name := range pages {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
@@ -88,12 +84,8 @@ func anchors(text string) []string {
 // goTests are the texts of all files with tests.
 func goTests(t *testing.T) []string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "git", "ls-files", "*_test.go").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var all []string
-	for name := range strings.FieldsSeq(string(out)) {
+	for _, name := range tracked(t, "*_test.go") {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
